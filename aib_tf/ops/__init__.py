@@ -1,0 +1,5 @@
+"""Operations: the Python face of the compiled code, and the pure path that always works."""
+
+from aib_tf.ops.nearest_anchor import Implementation, NearestAnchor, implementation, nearest_anchor
+
+__all__ = ["Implementation", "NearestAnchor", "implementation", "nearest_anchor"]
