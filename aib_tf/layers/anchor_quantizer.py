@@ -1,0 +1,102 @@
+"""Anchor quantizer: each attention score goes to the nearest of a few learnable values."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from aib_tf.layers.gaussian import loss_dtype
+from aib_tf.metrics import AnchorPerplexity, AnchorsInUse
+from aib_tf.ops import nearest_anchor
+from aib_tf.ops.nearest_anchor import MAX_ANCHORS
+from aib_tf.validation import check_count, check_weight
+
+
+@keras.saving.register_keras_serializable(package="aib_tf")
+class AnchorQuantizer(keras.layers.Layer):
+    """Replaces every score by its nearest anchor, with a straight-through gradient.
+
+        output = anchors[argmin_k |x - anchors[k]|]                        (the lowest k on ties)
+        loss   = codebook_weight * mean((anchor - stop(x))^2) + commitment_weight * mean((x - stop(anchor))^2)
+
+    The first loss term moves the anchors towards the scores, the second the scores towards the anchors. Anchors start
+    evenly spaced over [0, 1] and are kept and compared in float32 under mixed precision.
+
+    Metrics, over an epoch: `codebook_loss` and `commitment_loss` (mean squared error, equal in value, without their
+    weights), `anchors_in_use` and `anchor_perplexity`. (On the JAX backend Keras does not carry metrics that a layer
+    updates in its call through `fit`; the loss terms are unaffected.)
+
+    Args:
+        num_anchors: Q, from 1 to 65,536. The paper finds 20 to 50 best.
+        codebook_weight: weight of the codebook loss, 0 or more; lambda_g in the paper.
+        commitment_weight: weight of the commitment loss, 0 or more; lambda_c in the paper.
+        **kwargs: `name`, `dtype`, `trainable` as for every Keras layer; `trainable=False` leaves the anchors in place.
+
+    Call arguments:
+        scores: float tensor of any shape.
+
+    Returns:
+        Tensor of the same shape, in the layer's compute dtype.
+
+    Raises:
+        ValueError: for a number of anchors out of range or a negative weight.
+
+    Example:
+        >>> quantizer = aib_tf.layers.AnchorQuantizer(num_anchors=3)  # anchors 0, 0.5, 1
+        >>> quantizer(np.array([[0.1, 0.6, 0.9]], "float32")).tolist()
+        [[0.0, 0.5, 1.0]]
+
+    Reference:
+        - Lai et al., "Information Bottleneck Approach to Spatial Attention Learning", IJCAI 2021, section 3.
+    """
+
+    def __init__(self, num_anchors=20, codebook_weight=0.4, commitment_weight=0.1, **kwargs):
+        super().__init__(**kwargs)
+        check_count("num_anchors", num_anchors, maximum=MAX_ANCHORS)
+        check_weight("codebook_weight", codebook_weight)
+        check_weight("commitment_weight", commitment_weight)
+        self.num_anchors = num_anchors
+        self.codebook_weight = codebook_weight
+        self.commitment_weight = commitment_weight
+        self._codebook_loss = keras.metrics.Mean(name="codebook_loss", dtype="float32")
+        self._commitment_loss = keras.metrics.Mean(name="commitment_loss", dtype="float32")
+        self._anchors_in_use = AnchorsInUse(num_anchors, dtype="float32")
+        self._anchor_perplexity = AnchorPerplexity(num_anchors, dtype="float32")
+
+    def build(self, input_shape):
+        """Makes the anchors."""
+        dtype = "float64" if self.compute_dtype == "float64" else "float32"
+        self.anchors = self.add_weight(
+            name="anchors", shape=(self.num_anchors,), initializer=_evenly_spaced, dtype=dtype, autocast=False
+        )
+
+    def call(self, scores):
+        """Returns the quantized scores and adds the two loss terms."""
+        result = self.nearest(scores)
+        self._codebook_loss.update_state(result.codebook_loss)
+        self._commitment_loss.update_state(result.commitment_loss)
+        self._anchors_in_use.update_state(result.index)
+        self._anchor_perplexity.update_state(result.index)
+        self.add_loss(self.codebook_weight * ops.cast(result.codebook_loss, loss_dtype()))
+        self.add_loss(self.commitment_weight * ops.cast(result.commitment_loss, loss_dtype()))
+        return result.quantized
+
+    def nearest(self, scores):
+        """Quantizes without adding a loss: the `aib_tf.ops.NearestAnchor` of the scores and this layer's anchors."""
+        return nearest_anchor(scores, self.anchors)
+
+    def compute_output_shape(self, input_shape):
+        """Returns the shape of the scores."""
+        return input_shape
+
+    def get_config(self):
+        """Returns the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "num_anchors": self.num_anchors,
+            "codebook_weight": self.codebook_weight,
+            "commitment_weight": self.commitment_weight,
+        }
+
+
+def _evenly_spaced(shape, dtype=None):
+    return ops.convert_to_tensor(np.linspace(0.0, 1.0, shape[0]), dtype=dtype)
