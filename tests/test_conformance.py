@@ -1,0 +1,250 @@
+"""What every public layer and model has to be able to do, on any Keras backend."""
+
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import aib_tf
+from tests import descriptors
+
+on_tensorflow = pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="tf.distribute and tf.function belong to the TensorFlow backend"
+)
+# oneDNN and XLA order sums differently from one batch size, or one compilation, to the next.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def inputs(descriptor, batch=5):
+    return np.random.default_rng(0).normal(0.5, 0.5, size=(batch, *descriptor.input_shape)).astype("float32")
+
+
+def labels(batch=5):
+    return np.arange(batch) % 4
+
+
+def as_model(descriptor, **arguments):
+    """The model itself, or a classifier around the layer."""
+    if descriptor in descriptors.MODELS:
+        return descriptor.make()
+    images = keras.Input(descriptor.input_shape)
+    code = keras.layers.Flatten()(descriptor.make(name="layer", **arguments)(images))
+    classifier = keras.layers.Dense(4, dtype="float32", kernel_initializer=keras.initializers.GlorotUniform(seed=1))
+    return keras.Model(images, classifier(code))
+
+
+def compiled(model, **arguments):
+    model.compile(keras.optimizers.SGD(0.01), loss=aib_tf.losses.CrossEntropyBits(), metrics=["accuracy"], **arguments)
+    return model
+
+
+def numpy(values):
+    return np.asarray(keras.ops.convert_to_numpy(values))
+
+
+everything = pytest.mark.parametrize("descriptor", [*descriptors.LAYERS, *descriptors.MODELS], ids=str)
+every_layer = pytest.mark.parametrize("descriptor", descriptors.LAYERS, ids=str)
+every_model = pytest.mark.parametrize("descriptor", descriptors.MODELS, ids=str)
+
+
+def test_every_public_layer_and_every_model_is_in_the_table():
+    assert {d.name.split(" ")[0] for d in descriptors.LAYERS} == set(aib_tf.layers.__all__)
+    assert {d.name.split(" ")[0] for d in descriptors.MODELS} == set(aib_tf.models.names())
+
+
+@everything
+def test_config_makes_the_same_again(descriptor):
+    original = descriptor.make()
+    config = json.dumps(original.get_config())
+    copy = type(original).from_config(json.loads(config))
+    assert json.dumps(copy.get_config()) == config
+    values = inputs(descriptor)
+    original(values)
+    copy(values)
+    assert [tuple(v.shape) for v in copy.variables] == [tuple(v.shape) for v in original.variables]
+    copy.set_weights(original.get_weights())
+    np.testing.assert_array_equal(numpy(copy(values)), numpy(original(values)))
+
+
+@every_layer
+def test_output_shape_is_the_one_it_announces(descriptor):
+    layer = descriptor.make()
+    values = inputs(descriptor)
+    assert tuple(layer(values).shape) == tuple(layer.compute_output_shape(values.shape))
+
+
+@everything
+def test_any_batch_size_gives_each_example_the_same_result(descriptor):
+    model = as_model(descriptor)
+    values = inputs(descriptor)
+    whole = model.predict(values, batch_size=5, verbose=0)
+    np.testing.assert_allclose(model.predict(values, batch_size=2, verbose=0), whole, **CLOSE)
+    np.testing.assert_allclose(numpy(model(values[:1])), whole[:1], **CLOSE)
+
+
+@everything
+def test_fit_moves_every_trainable_weight_and_reports_finite_numbers(descriptor):
+    model = compiled(as_model(descriptor), jit_compile=False)
+    before = [numpy(variable) for variable in model.trainable_variables]
+    history = model.fit(inputs(descriptor, 8), labels(8), batch_size=4, epochs=2, verbose=0).history
+    assert all(np.isfinite(value).all() for value in history.values()), history
+    # Behind a ReLU that is never active in eight images, single weights may stay; a whole tensor does not.
+    still = [
+        variable.path
+        for variable, old in zip(model.trainable_variables, before, strict=True)
+        if np.array_equal(numpy(variable), old)
+    ]
+    assert not still
+
+
+@everything
+def test_xla_gives_the_same_results(descriptor):
+    values = inputs(descriptor)
+    model = compiled(as_model(descriptor), jit_compile=False)
+    expected = model.predict(values, verbose=0)
+    loss = model.evaluate(values, labels(), verbose=0)[0]
+    compiled(model, jit_compile=True)
+    np.testing.assert_allclose(model.predict(values, verbose=0), expected, **CLOSE)
+    np.testing.assert_allclose(model.evaluate(values, labels(), verbose=0)[0], loss, rtol=1e-4)
+    history = model.fit(values, labels(), verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+
+
+@every_layer
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_layer_returns_half_precision_and_float32_losses(descriptor, policy):
+    exact, mixed = descriptor.make(), descriptor.make(dtype=policy)
+    values = inputs(descriptor)
+    expected = numpy(exact(values))
+    mixed(values)
+    mixed.set_weights(exact.get_weights())
+    output = mixed(values)
+    assert keras.backend.standardize_dtype(output.dtype) == policy.removeprefix("mixed_")
+    assert all(keras.backend.standardize_dtype(loss.dtype) == "float32" for loss in mixed.losses)
+    step = {"mixed_float16": 2**-11, "mixed_bfloat16": 2**-8}[policy]
+    if descriptor.name.startswith("AnchorQuantizer"):
+        # A score that rounds across a midpoint goes to the neighbouring anchor.
+        agree = np.abs(numpy(keras.ops.cast(output, "float32")) - expected) <= 2 * step
+        assert agree.mean() > 0.95
+    else:
+        np.testing.assert_allclose(numpy(keras.ops.cast(output, "float32")), expected, rtol=20 * step, atol=40 * step)
+    for loss, exact_loss in zip(mixed.losses, exact.losses, strict=True):
+        np.testing.assert_allclose(numpy(loss), numpy(exact_loss), rtol=20 * step, atol=4 * step**2)
+
+
+@every_model
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_model_trains_under_every_dtype_policy(descriptor, policy):
+    global_policy = keras.config.dtype_policy()
+    if policy == "float64" and keras.config.backend() == "jax":
+        policy = "float32"  # JAX computes in float64 only under a global switch
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = compiled(descriptor.make(), jit_compile=False)
+    finally:
+        keras.config.set_dtype_policy(global_policy)
+    history = model.fit(inputs(descriptor, 4), labels(4), verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    logits = model(inputs(descriptor))
+    assert keras.backend.standardize_dtype(logits.dtype) == "float32"
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """Predictions of every saved model, loaded by one fresh process that knows only `import aib_tf`."""
+    folder = tmp_path_factory.mktemp("saved")
+    expected = {}
+    for descriptor in [*descriptors.LAYERS, *descriptors.MODELS]:
+        model = compiled(as_model(descriptor))
+        model.fit(inputs(descriptor), labels(), verbose=0)
+        model.save(folder / f"{descriptor}.keras")
+        np.save(folder / f"{descriptor}.inputs.npy", inputs(descriptor))
+        expected[str(descriptor)] = model.predict(inputs(descriptor), verbose=0)
+    program = (
+        "import pathlib, sys, numpy, keras, aib_tf\n"
+        "for path in pathlib.Path(sys.argv[1]).glob('*.keras'):\n"
+        "    model = keras.saving.load_model(path)\n"
+        "    values = numpy.load(path.with_suffix('.inputs.npy'))\n"
+        "    numpy.save(path.with_suffix('.outputs.npy'), model.predict(values, verbose=0))\n"
+        "    model.fit(values, numpy.arange(5) % 4, verbose=0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True, timeout=300)
+    return expected, {name: np.load(folder / f"{name}.outputs.npy") for name in expected}
+
+
+@everything
+def test_saved_and_loaded_in_a_fresh_process_it_predicts_the_same_and_trains_on(descriptor, reloaded):
+    expected, actual = reloaded
+    np.testing.assert_allclose(actual[str(descriptor)], expected[str(descriptor)], rtol=1e-5, atol=1e-6)
+
+
+@on_tensorflow
+@everything
+def test_traced_with_unknown_sizes_it_gives_the_same_results(descriptor):
+    import tensorflow as tf
+
+    model = as_model(descriptor)
+    values = inputs(descriptor)
+    traced = tf.function(model, input_signature=[tf.TensorSpec((None, *descriptor.input_shape))])
+    np.testing.assert_allclose(traced(values), numpy(model(values)), **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def two_replicas():
+    """One strategy for all tests: the collective operations of a second one in the same process meet its keys."""
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@on_tensorflow
+@everything
+def test_two_replicas_agree_with_one_device_on_loss_and_stay_equal_in_training(descriptor, two_replicas):
+    values, classes = inputs(descriptor, 8), labels(8)
+    alone = compiled(as_model(descriptor), jit_compile=False)
+    expected = alone.evaluate(values, classes, batch_size=8, verbose=0, return_dict=True)
+    with two_replicas.scope():
+        model = compiled(as_model(descriptor), jit_compile=False)
+    model.set_weights(alone.get_weights())
+    actual = model.evaluate(values, classes, batch_size=8, verbose=0, return_dict=True)
+    assert set(actual) == set(expected)
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    model.fit(values, classes, batch_size=8, epochs=2, verbose=0)
+    for variable in model.trainable_variables:
+        replicas = two_replicas.experimental_local_results(variable.value)
+        np.testing.assert_array_equal(*replicas)
+        assert np.isfinite(replicas[0]).all()
+
+
+@every_model
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_explain_has_the_documented_entries_and_shapes(descriptor, samples):
+    model = descriptor.make()
+    images = inputs(descriptor)
+    explanation = {name: numpy(value) for name, value in model.explain(images, samples).items()}
+    height, width = model.features.output_shape[1:3]
+    draws, maps = max(samples, 1), (5, height, width)
+    latent = (samples, 5, 16) if samples else (5, 16)
+    shapes = {"logits": (5, 4), "probabilities": (5, 4)}
+    if model.attention is not None:
+        shapes |= {"attention_mean": maps, "attention_stddev": maps, "attention": (draws, *maps), "kl": (5,)}
+        shapes |= {"latent_mean": latent, "latent_stddev": latent}
+    if model.quantizer is not None:
+        shapes |= {"attention_quantized": (draws, *maps), "codebook_loss": (), "commitment_loss": ()}
+    assert {name: value.shape for name, value in explanation.items()} == shapes
+    np.testing.assert_allclose(explanation["probabilities"].sum(-1), 1, rtol=1e-5)
+    if samples == 0:
+        np.testing.assert_allclose(explanation["logits"], numpy(model(images)), **CLOSE)
+        assert not model.losses or model.quantizer is None or len(model.losses) == 3
+
+
+@every_model
+def test_explain_adds_no_loss_and_changes_no_metric(descriptor):
+    model = descriptor.make()
+    model.explain(inputs(descriptor), samples=2)
+    assert model.losses == []
+    assert all(float(metric.result()) in (0.0, 1.0) for metric in model.metrics)
