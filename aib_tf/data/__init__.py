@@ -1,0 +1,35 @@
+"""Data sets and the input pipeline.
+
+Importing this package imports TensorFlow, but neither TFDS nor scikit-learn: they are imported
+when data is first read or drawn.
+"""
+
+from aib_tf.data.datasets import DATASETS, DatasetInfo, get
+from aib_tf.data.pipeline import (
+    MEMORY_LIMIT,
+    DatasetUnavailableError,
+    batches_per_epoch,
+    denormalize_images,
+    label_counts,
+    load,
+    normalize_images,
+    num_examples,
+    random_crop_and_flip,
+    training_batches,
+)
+
+__all__ = [
+    "DATASETS",
+    "MEMORY_LIMIT",
+    "DatasetInfo",
+    "DatasetUnavailableError",
+    "batches_per_epoch",
+    "denormalize_images",
+    "get",
+    "label_counts",
+    "load",
+    "normalize_images",
+    "num_examples",
+    "random_crop_and_flip",
+    "training_batches",
+]

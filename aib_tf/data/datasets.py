@@ -1,0 +1,143 @@
+"""The table of data sets: what the pipeline has to know about each of them.
+
+Another set that TFDS knows, with images of one size, is one more entry.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from aib_tf.validation import check_count
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """A data set of labelled images.
+
+    Args:
+        name: the name users type, such as `"cifar10"`; with the configuration behind a slash if
+            one was given, such as `"cluttered_digits/train600_validation100_test100_seed3"`.
+        classes: number of classes, at least 2. Labels are 0 to classes - 1.
+        image_shape: height, width and channels.
+        mean: mean of each channel over the pixels of the training images, pixels in [0, 1].
+        stddev: standard deviation of the same.
+        splits: `"train"`, `"validation"` and `"test"` -> a TFDS split instruction.
+        class_names: one name a class, in the order of the labels.
+        crop_padding: pixels of reflected border on each side before a random crop; 0: no crops.
+        horizontal_flip: whether the mirror image of an image has the same label.
+        fields: what can be read of an example.
+        builder: name of the TFDS builder, with its configuration if the set has one.
+        generated: whether it is generated on the spot, without a download. Only such a set takes a
+            configuration from the name.
+        module: Python module that registers the builder, if TFDS does not bring it along.
+
+    Raises:
+        ValueError: if numbers do not fit together.
+    """
+
+    name: str
+    classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    stddev: tuple[float, ...]
+    splits: Mapping[str, str]
+    class_names: tuple[str, ...]
+    crop_padding: int
+    horizontal_flip: bool
+    fields: tuple[str, ...]
+    builder: str
+    generated: bool = False
+    module: str | None = None
+
+    def __post_init__(self):
+        check_count("classes", self.classes, minimum=2)
+        height, width, channels = self.image_shape
+        # A border is reflected without repeating the edge: it must be narrower than the image.
+        check_count("crop_padding", self.crop_padding, minimum=0, maximum=min(height, width) - 1)
+        for argument, length in (("mean", channels), ("stddev", channels)):
+            value = getattr(self, argument)
+            if len(value) != length:
+                raise ValueError(
+                    f"`{argument}` must have one number a channel, {length}. Received: {argument}={value!r}"
+                )
+        if len(self.class_names) != self.classes:
+            raise ValueError(
+                f"`class_names` must have one name a class, {self.classes}. Received: class_names={self.class_names!r}"
+            )
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether examples tell where the object is."""
+        return "bbox" in self.fields
+
+
+_TABLE = (
+    DatasetInfo(
+        name="cluttered_digits",
+        classes=10,
+        image_shape=(32, 32, 1),
+        # Over all pixels of the 12,000 training images of the default configuration.
+        mean=(0.1831,),
+        stddev=(0.2964,),
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        class_names=tuple("0123456789"),
+        # The digit may stand at the very edge of the canvas, where a crop would cut its strokes
+        # and a reflected border would add some; and it is at a random place already.
+        crop_padding=0,
+        horizontal_flip=False,  # A mirrored 2 is no digit.
+        fields=("image", "label", "bbox", "mask", "id"),
+        builder="cluttered_digits",
+        generated=True,
+        module="aib_tf.data.cluttered_digits",
+    ),
+    DatasetInfo(
+        name="cifar10",
+        classes=10,
+        image_shape=(32, 32, 3),
+        # The values in common use for CIFAR; they let published weights be compared.
+        mean=(0.5071, 0.4867, 0.4408),
+        stddev=(0.2675, 0.2565, 0.2761),
+        # CIFAR-10 has no validation images of its own: the last tenth of the training images.
+        splits={"train": "train[:90%]", "validation": "train[90%:]", "test": "test"},
+        class_names=(
+            "airplane",
+            "automobile",
+            "bird",
+            "cat",
+            "deer",
+            "dog",
+            "frog",
+            "horse",
+            "ship",
+            "truck",
+        ),
+        crop_padding=4,
+        horizontal_flip=True,
+        fields=("image", "label", "id"),
+        builder="cifar10",
+    ),
+)
+
+DATASETS: Mapping[str, DatasetInfo] = {info.name: info for info in _TABLE}
+
+
+def get(name: str) -> DatasetInfo:
+    """Looks a data set up.
+
+    Args:
+        name: a key of `DATASETS`; a generated set may be followed by a slash and a configuration,
+            as in `"cluttered_digits/train600_validation100_test100_seed3"`.
+
+    Returns:
+        What the table says, with `name` and `builder` completed by the configuration.
+
+    Raises:
+        ValueError: if there is no such data set; the message lists those that exist.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    base, slash, configuration = str(name).partition("/")
+    info = DATASETS.get(base)
+    if info is None or not slash or not info.generated:
+        known = ", ".join(sorted(DATASETS))
+        raise ValueError(f"The data sets are {known}. Received: name={name!r}")
+    return dataclasses.replace(info, name=name, builder=f"{info.builder}/{configuration}")

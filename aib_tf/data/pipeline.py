@@ -1,0 +1,639 @@
+"""From a data set on disk to batches of images, with tf.data.
+
+    decode -> hold in memory -> order -> batch -> crop and flip -> normalise -> prefetch
+
+Images stay uint8 up to the last step: a quarter of the memory traffic of float32. A split that
+fits `MEMORY_LIMIT` is decoded once into one array an attribute; an epoch is then a permutation of
+its indices, a batch one gather, and skipping batches costs nothing. A larger split is read from
+disk in every epoch, through a shuffle buffer. Augmentation works on whole batches: one gather of
+rows, one of columns, whatever the number of images.
+
+Every random number is a pure function of a seed, the epoch and the index of the batch (stateless
+random operations), so that a run can be resumed at any batch. Order is deterministic always.
+"""
+
+import contextlib
+import importlib
+import os
+import urllib.parse
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from aib_tf.data import datasets
+from aib_tf.validation import check_count
+
+# Bytes of decoded examples that a split may take in memory. CIFAR-10 takes 0.15 of its 1 GiB.
+MEMORY_LIMIT = 2**30
+
+# Encoded examples to shuffle among when a split does not fit into memory.
+SHUFFLE_BUFFER = 10_000
+
+_DEFAULT_FIELDS = ("image", "label")
+
+# Batches of an epoch fold 0, 1, ... into its seed; the order of the epoch folds in this.
+_ORDER = -1
+
+# Fixed, since "auto_select" draws other numbers on other devices.
+_RANDOM_ALGORITHM = "philox"
+
+# Seconds to wait for an answer before a download. TFDS would try for minutes without a network.
+_NETWORK_TIMEOUT = 10.0
+
+
+class DatasetUnavailableError(FileNotFoundError):
+    """A data set is not where it was looked for, and could not be fetched."""
+
+
+def load(
+    name: str,
+    split: str,
+    batch_size: int,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    shuffle: bool = False,
+    augment: bool = False,
+    seed: int = 0,
+    fields: Sequence[str] = _DEFAULT_FIELDS,
+    normalize: bool = True,
+    drop_remainder: bool = False,
+    memory_limit: int = MEMORY_LIMIT,
+) -> tf.data.Dataset:
+    """One epoch of a split, of known length, for `model.fit(load(...), epochs=6)`.
+
+    Each iteration over the result shuffles and augments differently. The sequence of iterations is
+    reproducible: a function of `seed` and, where one is set, of TensorFlow's global seed. (The
+    stream of `training_batches` does not depend on the global seed.)
+
+    The examples are decoded when `load` is called: keep the result rather than calling it again.
+
+    Args:
+        name: a data set of `aib_tf.data.DATASETS`, with a configuration behind a slash if it is
+            generated.
+        split: `"train"`, `"validation"`, `"test"`, or a sum such as `"train+validation"`.
+        batch_size: images a batch, at least 1.
+        data_dir: folder of prepared TFDS data sets. None: that of TFDS, `$TFDS_DATA_DIR` or
+            `~/tensorflow_datasets`. A generated set is generated there on first use.
+        shuffle: whether each iteration has another order; else the order of the files.
+        augment: whether to crop and flip at random, as far as the table allows for this set.
+        seed: integer in [0, 2**63).
+        fields: what to deliver, out of `DatasetInfo.fields`:
+            image, (B, H, W, C), float32 (normalised) or uint8;
+            label, (B,) int64;
+            bbox, (B, 4) float32 in [0, 1], top, left, bottom, right in shares of the image;
+            mask, (B, H, W, 1) uint8, 1 on the object;
+            id, (B,), int64 or string, where the example comes from.
+        normalize: whether images are float32 of mean 0 and standard deviation 1 over the training
+            images, or uint8 as stored.
+        drop_remainder: whether to drop a last batch of fewer than `batch_size` images. By default
+            it is kept, in training too.
+        memory_limit: bytes; a split that is larger when decoded is read from disk every time.
+
+    Returns:
+        A data set of tuples (image, label) for the default fields, of dicts for any other.
+
+    Raises:
+        ValueError: for an unknown data set, split or field, or an impossible value.
+        DatasetUnavailableError: if the data is not there and cannot be fetched.
+
+    Example:
+        >>> train = load("cluttered_digits", "train", 64, shuffle=True, augment=True)
+        >>> test = load("cluttered_digits", "test", 64)
+        >>> model.fit(train, validation_data=test, epochs=6, shuffle=False)
+
+    `shuffle=False` tells Keras that it need not warn: shuffling a `tf.data.Dataset` is never its
+    task.
+    """
+    info = datasets.get(name)
+    fields = _check_fields(info, fields, augment)
+    check_count("batch_size", batch_size)
+    _check_seed(seed)
+    source = _source(info, split, fields, data_dir, memory_limit)
+    epochs = tf.data.Dataset.from_tensors(tf.zeros((), tf.int64))
+    if shuffle or augment:
+        # One random number an iteration, and another one in the next.
+        epochs = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+    length = _batches(source.examples, batch_size, drop_remainder)
+    return _pipeline(
+        source,
+        info,
+        fields,
+        epochs.map(lambda epoch: (epoch, tf.zeros((), tf.int64))),
+        length,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        augment=augment,
+        seed=seed,
+        normalize=normalize,
+        drop_remainder=drop_remainder,
+    )
+
+
+def training_batches(
+    name: str,
+    split: str,
+    batch_size: int,
+    *,
+    first_epoch: int = 0,
+    epochs: int,
+    skip_batches: int = 0,
+    seed: int,
+    augment: bool = True,
+    data_dir: str | os.PathLike | None = None,
+    drop_remainder: bool = False,
+    memory_limit: int = MEMORY_LIMIT,
+) -> tf.data.Dataset:
+    """All batches of the epochs `first_epoch` to `epochs - 1`, shuffled, in one data set.
+
+    The order of epoch e is a pure function of (seed, e), the augmentation of its batch k one of
+    (seed, e, k). So a run that is resumed at batch k of epoch e, with `first_epoch=e,
+    skip_batches=k`, sees bit for bit what it would have seen without the interruption.
+
+    Args:
+        name: as in `load`.
+        split: as in `load`.
+        batch_size: as in `load`.
+        first_epoch: epoch to begin with, from 0 to `epochs`.
+        epochs: the number of epochs of the whole run, counted from epoch 0.
+        skip_batches: batches of the first epoch to leave out, from 0 to all.
+        seed: integer in [0, 2**63).
+        augment: as in `load`.
+        data_dir: as in `load`.
+        drop_remainder: as in `load`.
+        memory_limit: as in `load`.
+
+    Returns:
+        A data set of known length of tuples: images, float32 (B, H, W, C), normalised, and labels,
+        int64 (B,). The last batch of each epoch is smaller where the split does not divide evenly.
+
+    Raises:
+        ValueError: for an unknown data set or split, or an impossible value.
+        DatasetUnavailableError: if the data is not there and cannot be fetched.
+    """
+    info = datasets.get(name)
+    check_count("batch_size", batch_size)
+    check_count("epochs", epochs, minimum=0)
+    check_count("first_epoch", first_epoch, minimum=0, maximum=epochs)
+    _check_seed(seed)
+    source = _source(info, split, _DEFAULT_FIELDS, data_dir, memory_limit)
+    length = _batches(source.examples, batch_size, drop_remainder)
+    check_count("skip_batches", skip_batches, minimum=0, maximum=length)
+
+    def with_skip(epoch):
+        # Only the first epoch of this stream begins in its middle.
+        skip = tf.constant(skip_batches, tf.int64)
+        return epoch, tf.where(epoch == first_epoch, skip, tf.zeros_like(skip))
+
+    return _pipeline(
+        source,
+        info,
+        _DEFAULT_FIELDS,
+        tf.data.Dataset.range(first_epoch, epochs).map(with_skip),
+        max(0, (epochs - first_epoch) * length - skip_batches),
+        batch_size=batch_size,
+        shuffle=True,
+        augment=augment,
+        seed=seed,
+        normalize=True,
+        drop_remainder=drop_remainder,
+    )
+
+
+def num_examples(name: str, split: str, data_dir: str | os.PathLike | None = None) -> int:
+    """The number of examples of a split; arguments and errors as in `load`."""
+    info = datasets.get(name)
+    return _reader(info, split, ("label",), data_dir).examples
+
+
+def batches_per_epoch(
+    name: str,
+    split: str,
+    batch_size: int,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    drop_remainder: bool = False,
+) -> int:
+    """The number of batches of an epoch; arguments and errors as in `load`."""
+    check_count("batch_size", batch_size)
+    return _batches(num_examples(name, split, data_dir), batch_size, drop_remainder)
+
+
+def label_counts(name: str, split: str, data_dir: str | os.PathLike | None = None) -> np.ndarray:
+    """How many examples of each class a split has, without decoding images.
+
+    Args and errors as in `load`.
+
+    Returns:
+        int64 (classes,).
+    """
+    info = datasets.get(name)
+    labels = _reader(info, split, ("label",), data_dir).read()["label"]
+    return np.bincount(labels, minlength=info.classes)
+
+
+def normalize_images(images, info: datasets.DatasetInfo):
+    """Brings images to mean 0 and standard deviation 1 over the training images of a data set.
+
+    Args:
+        images: uint8, or float in [0, 255], (..., C); a NumPy array or a TensorFlow tensor.
+        info: entry of the data set.
+
+    Returns:
+        (images / 255 - mean) / stddev, float32, of the same kind and shape.
+    """
+    scale, offset = _scale_and_offset(info)
+    if tf.is_tensor(images):
+        return tf.cast(images, tf.float32) * scale + offset
+    return np.asarray(images, np.float32) * scale + offset
+
+
+def denormalize_images(images, info: datasets.DatasetInfo):
+    """The inverse of `normalize_images`, for pictures.
+
+    Args:
+        images: float (..., C); a NumPy array or a TensorFlow tensor.
+        info: entry of the data set.
+
+    Returns:
+        uint8 of the same kind and shape, rounded, and clipped to 0 and 255.
+    """
+    scale, offset = _scale_and_offset(info)
+    if tf.is_tensor(images):
+        pixels = (tf.cast(images, tf.float32) - offset) / scale
+        return tf.cast(tf.clip_by_value(tf.round(pixels), 0.0, 255.0), tf.uint8)
+    pixels = (np.asarray(images, np.float32) - offset) / scale
+    return np.clip(np.rint(pixels), 0.0, 255.0).astype(np.uint8)
+
+
+def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, *, padding: int, flip: bool) -> tf.Tensor:
+    """Moves each image of a batch by up to `padding` pixels, and mirrors half of them.
+
+    Image b becomes the window of its size at (top_b, left_b) of its copy with a reflected border
+    (the edge is not repeated), where both are uniform in 0..2 * padding; then, if `flip`, it is
+    mirrored left to right with probability 1/2. The border is never made: a window of a reflected
+    image is a choice of its rows and columns.
+
+    Args:
+        images: any type, (B, H, W, C), H and W static and larger than `padding`.
+        seed: integers (2,); the result is a pure function of it and of `images`.
+        padding: width of the border, at least 0.
+        flip: whether to mirror.
+
+    Returns:
+        As `images`.
+
+    Reference:
+        He et al., "Deep residual learning for image recognition" (2016), section 4.2, with
+        the reflected border of Zagoruyko and Komodakis, "Wide residual networks" (2016).
+    """
+    if not padding and not flip:
+        return images
+    batch = tf.shape(images)[0]
+    height, width = images.shape[1:3]
+    # One draw an image, out of the (2 * padding + 1)**2 windows and their mirror images.
+    shifts = 2 * padding + 1
+    draws = tf.random.stateless_uniform(
+        (batch, 1),
+        seed,
+        minval=0,
+        maxval=2 * shifts * shifts,
+        dtype=tf.int32,
+        alg=_RANDOM_ALGORITHM,
+    )
+    mirrored = draws % 2 == 1
+    left = draws // 2 % shifts
+    top = draws // (2 * shifts)
+    if padding:
+        rows = _reflected(top - padding + tf.range(height), height)
+        images = tf.gather(images, rows, axis=1, batch_dims=1)
+    columns = left - padding + tf.range(width)
+    if flip:
+        columns = tf.where(mirrored, tf.reverse(columns, [1]), columns)
+    return tf.gather(images, _reflected(columns, width), axis=2, batch_dims=1)
+
+
+def _reflected(positions: tf.Tensor, size: int) -> tf.Tensor:
+    """Positions in (-size, 2 * size - 1) -> 0..size - 1, mirrored at the first and last pixel."""
+    return (size - 1) - tf.abs((size - 1) - tf.abs(positions))
+
+
+def _scale_and_offset(info: datasets.DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (C,) each, so that normalised = pixels in 0..255 * scale + offset."""
+    mean, stddev = np.asarray(info.mean), np.asarray(info.stddev)
+    return (1.0 / (255.0 * stddev)).astype(np.float32), (-mean / stddev).astype(np.float32)
+
+
+def _pipeline(
+    source,
+    info,
+    fields,
+    epochs,
+    length,
+    *,
+    batch_size,
+    shuffle,
+    augment,
+    seed,
+    normalize,
+    drop_remainder,
+):
+    """The `length` batches of the given epochs.
+
+    `epochs` is a data set of pairs, both int64: the number that stands for the epoch, and how many
+    of its batches to skip. The rest is as in `load`.
+    """
+    run_seed = tf.constant([seed, 0], tf.int64)
+
+    def one_epoch(epoch, skip):
+        epoch_seed = tf.random.fold_in(run_seed, epoch, alg=_RANDOM_ALGORITHM)
+        order_seed = tf.random.fold_in(epoch_seed, tf.constant(_ORDER, tf.int64), alg=_RANDOM_ALGORITHM)
+        batches = source.epoch(order_seed if shuffle else None, skip, batch_size, drop_remainder)
+        return batches.map(
+            lambda number, batch: (
+                tf.random.fold_in(epoch_seed, number, alg=_RANDOM_ALGORITHM),
+                batch,
+            )
+        )
+
+    def finish(batch_seed, batch):
+        batch = source.examples_of(batch)
+        if "image" in fields:
+            images = batch["image"]
+            if augment:
+                images = random_crop_and_flip(images, batch_seed, padding=info.crop_padding, flip=info.horizontal_flip)
+            batch["image"] = normalize_images(images, info) if normalize else images
+        if fields == _DEFAULT_FIELDS:
+            return batch["image"], batch["label"]
+        return {field: batch[field] for field in fields}
+
+    batches = epochs.flat_map(one_epoch)
+    batches = batches.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    batches = batches.apply(tf.data.experimental.assert_cardinality(length))
+    options = tf.data.Options()
+    options.deterministic = True
+    return batches.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+
+class _MemorySource:
+    """A split as arrays in memory; a batch travels as the indices of its examples."""
+
+    def __init__(self, reader):
+        self.examples = reader.examples
+        # On a machine with an accelerator too: a pipeline runs on the host.
+        with tf.device("CPU:0"):
+            self._arrays = {field: tf.constant(array) for field, array in reader.read().items()}
+
+    def epoch(self, order_seed, skip, batch_size, drop_remainder):
+        count = self.examples
+        order = tf.range(count)
+        if order_seed is not None:
+            keys = tf.random.stateless_uniform(
+                (count,),
+                order_seed,
+                minval=None,
+                maxval=None,
+                dtype=tf.int64,
+                alg=_RANDOM_ALGORITHM,
+            )
+            order = tf.argsort(keys, stable=True)
+
+        def batch(number):
+            start = number * batch_size
+            indices = order[start : start + batch_size]
+            if drop_remainder or count % batch_size == 0:
+                indices.set_shape((batch_size,))
+            return number, indices
+
+        return tf.data.Dataset.range(skip, _batches(count, batch_size, drop_remainder)).map(batch)
+
+    def examples_of(self, batch):
+        return {field: tf.gather(array, batch) for field, array in self._arrays.items()}
+
+
+class _StreamedSource:
+    """A split on disk; examples are shuffled and skipped while encoded, then decoded."""
+
+    def __init__(self, reader):
+        self.examples = reader.examples
+        self._encoded, self._decode = reader.encoded()
+
+    def epoch(self, order_seed, skip, batch_size, drop_remainder):
+        encoded = self._encoded
+        if order_seed is not None:
+            # The seed already is another one in every epoch.
+            encoded = encoded.shuffle(
+                SHUFFLE_BUFFER,
+                seed=order_seed[0],
+                reshuffle_each_iteration=False,
+            )
+        return (
+            encoded.skip(skip * batch_size)
+            .map(self._decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .batch(batch_size, drop_remainder=drop_remainder)
+            .enumerate(start=skip)
+        )
+
+    def examples_of(self, batch):
+        return dict(batch)
+
+
+class _Reader:
+    """A split on disk."""
+
+    def __init__(self, info, builder, instruction, fields):
+        self._info = info
+        self._builder = builder
+        self._instruction = instruction
+        self._fields = fields
+        self.examples = builder.info.splits[instruction].num_examples
+
+    def decoded_bytes(self) -> int:
+        """Memory that the decoded examples take."""
+        features = self._builder.info.features
+        sizes = [
+            int(np.prod(features[field].shape)) * np.dtype(features[field].np_dtype).itemsize for field in self._fields
+        ]
+        return self.examples * sum(sizes)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Decodes the whole split into arrays (examples, ...)."""
+        chunks = []
+        with self._explained():
+            examples = self._examples(decoded=self._fields)
+            for chunk in examples.batch(1_000).prefetch(1).as_numpy_iterator():
+                chunks.append(chunk)
+        return {field: np.concatenate([chunk[field] for chunk in chunks]) for field in self._fields}
+
+    def encoded(self):
+        """A data set of examples with encoded images, and the function that decodes one."""
+        features = self._builder.info.features
+        images = self._images()
+
+        def decode(example):
+            return {
+                field: features[field].decode_example(value) if field in images else value
+                for field, value in example.items()
+            }
+
+        with self._explained():
+            return self._examples(decoded=()), decode
+
+    def _images(self) -> set[str]:
+        import tensorflow_datasets as tfds
+
+        features = self._builder.info.features
+        return {field for field in features if isinstance(features[field], tfds.features.Image)}
+
+    def _examples(self, decoded):
+        """The examples with the fields that are wanted, in the order of the files."""
+        import tensorflow_datasets as tfds
+
+        examples = self._builder.as_dataset(
+            split=self._instruction,
+            decoders={field: tfds.decode.SkipDecoding() for field in self._images() - {*decoded}},
+            # What stays in memory is decided here, by `memory_limit`.
+            read_config=tfds.ReadConfig(try_autocache=False),
+        )
+        return examples.map(lambda example: {field: example[field] for field in self._fields})
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except (tf.errors.NotFoundError, tf.errors.DataLossError, AssertionError) as error:
+            raise _damaged(self._info, self._builder, error) from error
+
+
+def _source(info, split, fields, data_dir, memory_limit):
+    """The examples of a split, in memory if they fit."""
+    check_count("memory_limit", memory_limit, minimum=0)
+    reader = _reader(info, split, fields, data_dir)
+    fits = reader.decoded_bytes() <= memory_limit
+    return _MemorySource(reader) if fits else _StreamedSource(reader)
+
+
+def _reader(info, split, fields, data_dir):
+    instruction = _instruction(info, split)  # Before data is fetched for a split there is not.
+    return _Reader(info, _builder(info, data_dir), instruction, fields)
+
+
+def _instruction(info: datasets.DatasetInfo, split: str) -> str:
+    """`"train+validation"` -> the TFDS instruction for it."""
+    parts = [part.strip() for part in str(split).split("+")]
+    if not set(parts) <= set(info.splits) or len(set(parts)) < len(parts):
+        known = ", ".join(info.splits)
+        raise ValueError(
+            f"The splits of {info.name} are {known}, and sums of different ones such as "
+            f"'train+validation'. Received: split={split!r}"
+        )
+    return "+".join(info.splits[part] for part in parts)
+
+
+def _check_fields(info, fields, augment) -> tuple[str, ...]:
+    names = (fields,) if isinstance(fields, str) else tuple(fields)
+    known = ", ".join(info.fields)
+    if not names or not set(names) <= set(info.fields) or len(set(names)) < len(names):
+        raise ValueError(f"The fields of {info.name} are {known}; each at most once. Received: fields={fields!r}")
+    if augment and not {"bbox", "mask"}.isdisjoint(names):
+        raise ValueError(
+            "Augmentation moves the image away from its bbox and mask: leave them out, or use "
+            f"augment=False. Received: augment={augment!r}, fields={fields!r}"
+        )
+    return names
+
+
+def _check_seed(seed):
+    check_count("seed", seed, minimum=0, maximum=2**63 - 1)
+
+
+def _batches(examples: int, batch_size: int, drop_remainder: bool) -> int:
+    return examples // batch_size if drop_remainder else -(-examples // batch_size)
+
+
+def _builder(info: datasets.DatasetInfo, data_dir: str | os.PathLike | None):
+    """The TFDS builder of a data set whose files are there; they are fetched if need be.
+
+    Raises:
+        ValueError: if a generated set has no such configuration.
+        DatasetUnavailableError: if there are no files, and none can be made.
+    """
+    import tensorflow_datasets as tfds
+
+    if info.module is not None:
+        importlib.import_module(info.module)
+    if data_dir is not None:
+        data_dir = os.path.abspath(os.path.expanduser(os.fspath(data_dir)))
+        # Where nothing can be generated, a folder that does not exist is a mistyped one, and no
+        # reason to download everything again.
+        if not info.generated and not os.path.isdir(data_dir):
+            raise _unavailable(info, data_dir, "The folder does not exist.")
+
+    def open_builder():
+        if info.generated:
+            # As the code says. `tfds.builder` would take files of another version if it met some.
+            name, _, configuration = info.builder.partition("/")
+            return tfds.builder_cls(name)(data_dir=data_dir, config=configuration or None)
+        return tfds.builder(info.builder, data_dir=data_dir)
+
+    try:
+        builder = open_builder()
+    except (ImportError, ValueError):  # A missing dependency, an impossible configuration.
+        raise
+    except Exception as error:  # TFDS and protobuf have types of their own for unreadable files.
+        folder = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        reason = f"Its description there cannot be read: {type(error).__name__}: {error}"
+        raise _unavailable(info, folder, reason) from error
+    if _is_prepared(builder):
+        return builder
+    if builder.data_path.exists():
+        raise _damaged(info, builder, "there is no dataset_info.json")
+    try:
+        if not info.generated:
+            _check_network(builder)
+        builder.download_and_prepare()
+    except Exception as error:
+        # TFDS writes to a folder of its own and renames it. Where another process was faster, the
+        # rename fails, and the data is there.
+        if not _is_prepared(builder):
+            folder = os.fspath(builder.data_dir_root)
+            reason = f"{type(error).__name__}: {error}"
+            raise _unavailable(info, folder, f"It could not be prepared: {reason}") from error
+    return open_builder()  # The first one may have been made before another process was done.
+
+
+def _is_prepared(builder) -> bool:
+    return (builder.data_path / "dataset_info.json").exists()
+
+
+def _check_network(builder):
+    """Raises within seconds what a download would raise after minutes of retries.
+
+    Raises:
+        OSError: if the server does not answer; requests' exceptions are of this type.
+    """
+    import requests  # TFDS depends on it. It obeys the same proxy settings as the download.
+
+    for url in builder.url_infos or ():
+        if urllib.parse.urlsplit(url).scheme in ("http", "https"):
+            requests.head(url, timeout=_NETWORK_TIMEOUT)
+            return
+
+
+def _unavailable(info, folder, reason) -> DatasetUnavailableError:
+    return DatasetUnavailableError(
+        f"The data set {info.name} is not in {folder}. {reason}\n"
+        "To provide it, prepare it on a machine with a network:\n"
+        f'    python -c "import tensorflow_datasets as tfds; '
+        f"tfds.load('{info.builder}', data_dir='DIR')\"\n"
+        f"then copy DIR here and pass it as data_dir (--data_dir=DIR). "
+        f"Received: data_dir={folder!r}"
+    )
+
+
+def _damaged(info, builder, reason) -> DatasetUnavailableError:
+    return DatasetUnavailableError(
+        f"The files of {info.name} in {builder.data_dir} are incomplete or damaged: {reason}. "
+        "Remove this folder to have it prepared again, or copy it once more. "
+        f"Received: data_dir={os.fspath(builder.data_dir_root)!r}"
+    )
