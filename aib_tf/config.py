@@ -1,0 +1,265 @@
+"""What a training run is made of, as frozen dataclasses that are validated when made.
+
+The fields are the flags of `scripts/train.py`; their help stands here, once. `Config.to_dict` and `Config.from_dict`
+carry a run through a JSON file.
+"""
+
+import dataclasses
+import secrets
+
+from aib_tf.losses import check_kl_form
+from aib_tf.ops.nearest_anchor import MAX_ANCHORS
+from aib_tf.validation import check_choice, check_count, check_weight
+
+OPTIMIZERS = ("adam", "sgd")
+SCHEDULES = ("constant", "cosine", "steps")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "float64")
+JIT_COMPILE = ("auto", "true", "false")
+SELECT_ON = ("validation", "test")
+
+# What `objective` sets unless a flag says otherwise: the formula of the paper, or what the released code computes.
+OBJECTIVES = {
+    "formula": {
+        "kl": "closed_form",
+        "kl_weight": 1.0,
+        "anchor_learning_rate_ratio": 1e-4,
+        "anchor_weight_decay": False,
+        "select_on": "validation",
+        "samples": 0,
+        "seed": 0,
+    },
+    "reference": {
+        "kl": "reference",
+        "kl_weight": 0.5,  # its VGG; 1 in its other networks
+        "anchor_learning_rate_ratio": 1e-4,
+        "anchor_weight_decay": True,
+        "select_on": "test",
+        "samples": 4,
+        "seed": None,  # drawn
+    },
+}
+
+
+def _setting(default, text, flag=None):
+    """A field with its help text, and the name of its flag where that is not the field's own."""
+    return dataclasses.field(default=default, metadata={"help": text, "flag": flag})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which network, and how large."""
+
+    name: str = _setting("vgg_aib_qt", "Name of the model.", flag="model")
+    width: float = _setting(1.0, "Factor for all numbers of channels; 1 is the network of the paper.")
+    latent_dim: int = _setting(256, "K, dimensions of the latent.")
+    num_anchors: int = _setting(20, "Q, anchors of the quantizer.")
+
+    def __post_init__(self):
+        check_weight("width", self.width, positive=True)
+        check_count("latent_dim", self.latent_dim)
+        check_count("num_anchors", self.num_anchors, maximum=MAX_ANCHORS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss: CE + beta * KL + codebook + commitment, all in bits."""
+
+    objective: str = _setting(
+        "formula",
+        "formula or reference (what the released code computes): the default of kl, kl_weight, "
+        "anchor_learning_rate_ratio, anchor_weight_decay, select_on, samples and seed.",
+    )
+    beta: float = _setting(0.01, "Weight of the rate.")
+    beta_warmup_epochs: float = _setting(1.0, "Epochs in which the weight of the rate grows linearly from 0.")
+    kl: str | None = _setting(None, "closed_form or reference.")
+    kl_weight: float | None = _setting(None, "A second factor of the rate.")
+    codebook_weight: float = _setting(0.4, "Weight of the codebook loss.")
+    commitment_weight: float = _setting(0.1, "Weight of the commitment loss.")
+
+    def __post_init__(self):
+        check_choice("objective", self.objective, OBJECTIVES)
+        for name in ("beta", "beta_warmup_epochs", "codebook_weight", "commitment_weight"):
+            check_weight(name, getattr(self, name))
+        if self.kl is not None:
+            check_kl_form(self.kl)
+        if self.kl_weight is not None:
+            check_weight("kl_weight", self.kl_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are fed."""
+
+    name: str = _setting("cluttered_digits", "Name of the data set.", flag="dataset")
+    data_dir: str | None = _setting(None, "Folder of prepared data sets; by default that of TensorFlow Datasets.")
+    batch_size: int = _setting(32, "Images in a training step.")
+    augment: bool = _setting(True, "Crop and flip training images at random, as far as the data set allows.")
+
+    def __post_init__(self):
+        check_count("batch_size", self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizationConfig:
+    """Optimizer, learning rate and length."""
+
+    optimizer: str = _setting("adam", f"One of {', '.join(OPTIMIZERS)}; sgd has momentum 0.9.")
+    learning_rate: float = _setting(1e-3, "Learning rate at its highest.")
+    schedule: str = _setting("cosine", f"One of {', '.join(SCHEDULES)}: cosine falls to 0; steps obeys decay_*.")
+    decay_factor: float = _setting(0.5, "With schedule=steps: what the learning rate is multiplied by.")
+    decay_every: int = _setting(0, "With schedule=steps: after each so many epochs.")
+    decay_at: tuple[int, ...] = _setting((), "With schedule=steps: after these numbers of epochs.")
+    warmup_learning_rates: tuple[float, ...] = _setting((), "Learning rates of the first epochs, one each.")
+    weight_decay: float = _setting(0.0, "L2 penalty, added to the gradient as PyTorch does.")
+    anchor_learning_rate_ratio: float | None = _setting(None, "Learning rate of the anchors, relative to the others'.")
+    anchor_weight_decay: bool | None = _setting(None, "Whether weight_decay applies to the anchors.")
+    epochs: int = _setting(4, "Passes over the training images.")
+
+    def __post_init__(self):
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_count("epochs", self.epochs)
+        check_count("decay_every", self.decay_every, minimum=0)
+        check_weight("learning_rate", self.learning_rate, positive=True)
+        check_weight("decay_factor", self.decay_factor, positive=True)
+        check_weight("weight_decay", self.weight_decay)
+        for epoch in self.decay_at:
+            check_count("decay_at", epoch)
+        for rate in self.warmup_learning_rates:
+            check_weight("warmup_learning_rates", rate, positive=True)
+        if self.anchor_learning_rate_ratio is not None:
+            check_weight("anchor_learning_rate_ratio", self.anchor_learning_rate_ratio)
+        if self.warmup_learning_rates and self.schedule == "cosine":
+            raise ValueError(
+                "`warmup_learning_rates` goes with schedule=constant or schedule=steps. "
+                f"Received: warmup_learning_rates={self.warmup_learning_rates}, schedule=cosine"
+            )
+        decays = bool(self.decay_at) + bool(self.decay_every)
+        if decays != (self.schedule == "steps"):
+            raise ValueError(
+                "`decay_every` or `decay_at`, one of them, goes with schedule=steps and with no other. Received: "
+                f"schedule={self.schedule}, decay_every={self.decay_every}, decay_at={self.decay_at}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    A field that is None is as `objective.objective` says; `resolved()` fills it in.
+
+    Raises:
+        ValueError: for an impossible value, which is named together with what is allowed.
+    """
+
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    seed: int | None = _setting(None, "Seed of the initial weights, the noise and the order of the images.")
+    deterministic: bool = _setting(False, "Bit for bit the same run each time; slower on a GPU.")
+    precision: str = _setting("float32", f"Keras dtype policy, one of {', '.join(PRECISIONS)}.")
+    jit_compile: str = _setting("auto", f"XLA, one of {', '.join(JIT_COMPILE)}.")
+    select_on: str | None = _setting(None, "Split that chooses the best checkpoint: validation or test.")
+    samples: int | None = _setting(
+        None, "Attention maps and latents drawn for each image when the trained model is measured; 0 takes the means."
+    )
+
+    def __post_init__(self):
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("jit_compile", self.jit_compile, JIT_COMPILE)
+        if self.select_on is not None:
+            check_choice("select_on", self.select_on, SELECT_ON)
+        if self.seed is not None:
+            check_count("seed", self.seed, minimum=0, maximum=2**31 - 1)
+        if self.samples is not None:
+            check_count("samples", self.samples, minimum=0)
+
+    def resolved(self):
+        """Returns a `Config` in which every value is set; a seed that is left to chance is drawn."""
+        values = OBJECTIVES[self.objective.objective]
+        seed = values["seed"] if values["seed"] is not None else secrets.randbelow(2**31)
+        flat = flatten(self)
+        defaults = {**values, "seed": seed}
+        return self.from_flat(
+            {name: defaults[name] if value is None and name in defaults else value for name, value in flat.items()}
+        )
+
+    def to_dict(self):
+        """Returns nested dicts of JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        """Makes a `Config` from what `to_dict` returned, possibly read back from JSON.
+
+        Raises:
+            ValueError: for a name that no field has, or an impossible value.
+        """
+        arguments = {}
+        for name, value in values.items():
+            section = _SECTIONS.get(name)
+            arguments[name] = _make(section, value) if section else value
+        return _make(cls, arguments)
+
+    @classmethod
+    def from_flat(cls, values):
+        """Makes a `Config` from a dict of flag names; what is missing keeps its default."""
+        arguments = {name: {} for name in _SECTIONS}
+        places = {flag: (section, field.name) for section, flag, field in settings()}
+        for flag, value in values.items():
+            if flag not in places:
+                raise ValueError(f"There is no such setting; there are {', '.join(places)}. Received: {flag}={value!r}")
+            section, name = places[flag]
+            (arguments[section] if section else arguments)[name] = value
+        return cls.from_dict(arguments)
+
+
+_SECTIONS = {
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "data": DataConfig,
+    "optimization": OptimizationConfig,
+}
+
+
+def settings():
+    """Yields (section or None, flag name, dataclass field) of every setting of a `Config`."""
+    for section, kind in _SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            yield section, field.metadata["flag"] or field.name, field
+    for field in dataclasses.fields(Config):
+        if field.name not in _SECTIONS:
+            yield None, field.metadata["flag"] or field.name, field
+
+
+def flatten(config):
+    """Returns a dict flag name -> value of a `Config`."""
+    return {
+        flag: getattr(getattr(config, section) if section else config, field.name)
+        for section, flag, field in settings()
+    }
+
+
+def differences(old, new, ignore=("data_dir",)):
+    """Compares two configs.
+
+    Args:
+        old: a `Config`.
+        new: a `Config`.
+        ignore: flags that may differ: where the data lies does not change a run.
+
+    Returns:
+        List of "flag: old -> new", empty when they agree.
+    """
+    old, new = flatten(old), flatten(new)
+    return [f"{flag}: {old[flag]} -> {new[flag]}" for flag in old if flag not in ignore and old[flag] != new[flag]]
+
+
+def _make(kind, values):
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{kind.__name__} has {', '.join(sorted(known))}. Received: {name}={values[name]!r}")
+    # JSON has no tuples.
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

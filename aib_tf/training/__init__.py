@@ -1,0 +1,21 @@
+"""Training: a config in, a run folder and its history out."""
+
+from aib_tf.training.callbacks import BetaWarmup, NonFiniteLossError, TrainingInterrupted
+from aib_tf.training.fit import fit
+from aib_tf.training.optimizers import SGD, Adam, learning_rate_schedule
+from aib_tf.training.results import draw_attention, measure
+from aib_tf.training.run import Run, RunMismatchError
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "BetaWarmup",
+    "NonFiniteLossError",
+    "Run",
+    "RunMismatchError",
+    "TrainingInterrupted",
+    "draw_attention",
+    "fit",
+    "learning_rate_schedule",
+    "measure",
+]

@@ -1,0 +1,169 @@
+"""Training by config: everything between a `Config` and a run folder."""
+
+import logging
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from aib_tf import data, evaluation, losses, metrics, models, visualization
+from aib_tf.training.callbacks import BetaWarmup, Recorder, StopAtNonFinite
+from aib_tf.training.optimizers import make_optimizer
+from aib_tf.training.results import MEASURING_BATCH, draw_attention, measure
+from aib_tf.training.run import Run
+from aib_tf.training.tensorboard import TensorBoardLogs
+
+_logger = logging.getLogger("aib_tf")
+
+
+def fit(config, output_dir, verbose=1):
+    """Trains a model, or continues where an earlier call stopped, and measures the best one on the test split.
+
+    Args:
+        config: an `aib_tf.config.Config`.
+        output_dir: the run folder (`aib_tf.training.Run` says what is in it). If it holds a run with the same config,
+            that run is continued; a finished one is left as it is.
+        verbose: as for `keras.Model.fit`: 0 silent, 1 progress bar, 2 a line for each epoch.
+
+    Returns:
+        The history: dict name -> list with a number for each epoch, "val_" before those of the selection split.
+
+    Raises:
+        ValueError: for an unknown model or data set, before anything is written.
+        RunMismatchError: if the folder holds a run with another config.
+        DatasetUnavailableError: if the images are not there and cannot be fetched.
+        NonFiniteLossError: if the loss becomes NaN or infinite; what was saved stays.
+        TrainingInterrupted: on Ctrl-C or SIGTERM, after saving.
+    """
+    run = Run(output_dir)
+    config = run.resolve(config)
+    info = data.get(config.data.name)
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    model = _build(config, info)
+    batches = data.batches_per_epoch(config.data.name, "train", config.data.batch_size, config.data.data_dir)
+    _compile(model, config, info, batches)
+    with run.locked():
+        run.create(config)
+        progress = run.checkpoints.restore(model)
+        if progress.epoch or progress.batch:
+            _logger.info(
+                "Continuing %s after epoch %d of %d, batch %d of %d.",
+                run.path,
+                progress.epoch,
+                config.optimization.epochs,
+                progress.batch,
+                batches,
+            )
+        if progress.epoch < config.optimization.epochs:
+            _train(model, config, info, run, progress, batches, verbose)
+        if not run.metrics_file.exists():
+            _finish(run, config)
+        elif verbose:
+            _logger.info("This run is finished. Its results are in %s.", run.metrics_file)
+    return run.read_history()
+
+
+def _build(config, info):
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(config.precision)
+    try:
+        return models.build(
+            config.model.name,
+            info.image_shape,
+            info.classes,
+            width=config.model.width,
+            latent_dim=config.model.latent_dim,
+            num_anchors=config.model.num_anchors,
+            beta=config.objective.beta,
+            kl=config.objective.kl,
+            kl_weight=config.objective.kl_weight,
+            codebook_weight=config.objective.codebook_weight,
+            commitment_weight=config.objective.commitment_weight,
+            seed=config.seed,
+        )
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
+def _compile(model, config, info, batches):
+    model.compile(
+        make_optimizer(config.optimization, batches),
+        loss=losses.CrossEntropyBits(),
+        metrics=["accuracy", metrics.CrossEntropyBits(), metrics.LabelInformation(info.classes)],
+        jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile],
+    )
+    # Variables that Keras makes at the first step have to be there before: a checkpoint may hold values for them.
+    model.optimizer.build(model.trainable_variables)
+    model.compute_metrics(None, np.zeros(1), np.zeros((1, info.classes), "float32"))
+    model.reset_metrics()
+
+
+def _train(model, config, info, run, progress, batches, verbose):
+    source = config.data
+    epochs = config.optimization.epochs
+    stream = data.training_batches(
+        source.name,
+        "train",
+        source.batch_size,
+        first_epoch=progress.epoch,
+        skip_batches=progress.batch,
+        epochs=epochs,
+        seed=config.seed,
+        augment=source.augment,
+        data_dir=source.data_dir,
+    )
+    selection = data.load(source.name, config.select_on, MEASURING_BATCH, source.data_dir)
+    pictures = next(iter(data.load(source.name, config.select_on, 8, source.data_dir, normalize=False)))[0].numpy()
+    recorder = Recorder(run, progress, batches, monitor="val_accuracy")
+    callbacks = [
+        BetaWarmup(round(config.objective.beta_warmup_epochs * batches)),
+        StopAtNonFinite(),
+        recorder,
+        TensorBoardLogs(run.tensorboard_folder, pictures, data.normalize_images(pictures, info), progress.rows),
+    ]
+    iterator = stream
+    try:
+        if progress.batch:
+            # The rest of an epoch has fewer steps than the others, so it is a `fit` of its own.
+            remaining = batches - progress.batch
+            epoch = progress.epoch
+            _fit(model, iterator.take(remaining), selection, callbacks, epoch, epoch + 1, remaining, verbose)
+            iterator = stream.skip(remaining)
+        if progress.epoch < epochs:
+            _fit(model, iterator, selection, callbacks, progress.epoch, epochs, batches, verbose)
+    finally:
+        recorder.close()
+
+
+def _fit(model, stream, selection, callbacks, first_epoch, epochs, steps, verbose):
+    model.fit(
+        stream,
+        initial_epoch=first_epoch,
+        epochs=epochs,
+        steps_per_epoch=steps,
+        shuffle=False,  # Keras warns otherwise: a tf.data pipeline has its own order
+        validation_data=selection,
+        callbacks=callbacks,
+        verbose=verbose,
+    )
+
+
+def _finish(run, config):
+    """Measures the best model on the test split, and draws what it looks at."""
+    model = run.load_best()
+    visualization.save_figure(visualization.training_curves(run.read_history()), run.curves_file)
+    if model.attention is not None:
+        draw_attention(model, config, run.attention_file)
+    results = measure(model, config)
+    best = run.best
+    _logger.info(
+        "The best model is that of epoch %d, %s %.4f. On the test split:\n\n%s\n",
+        best["epoch"],
+        best["monitor"],
+        best["value"],
+        evaluation.report.table(results),
+    )
+    # Written last: a run that has it is finished.
+    evaluation.report.write_json(run.metrics_file, results, run=str(run.path), split="test", best=best)

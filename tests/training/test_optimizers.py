@@ -1,0 +1,112 @@
+"""The optimizers against PyTorch's update rules, written out in NumPy."""
+
+import keras
+import numpy as np
+import pytest
+
+from aib_tf.config import OptimizationConfig
+from aib_tf.training import SGD, Adam, learning_rate_schedule
+
+GRADIENTS = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+
+
+class Rates(keras.optimizers.schedules.LearningRateSchedule):
+    """A rate that changes, where Keras's momentum and PyTorch's part."""
+
+    def __call__(self, step):
+        return keras.ops.take(np.float32([0.1, 0.1, 0.01, 0.5, 0.5, 0.02]), keras.ops.cast(step, "int32"))
+
+    def get_config(self):
+        return {}
+
+
+def variables():
+    kernel = keras.Variable(np.float32([1, -2, 3, -4]), name="kernel")
+    with keras.name_scope("quantizer"):
+        anchors = keras.Variable(np.float32([1, -2, 3, -4]), name="anchors")
+    return kernel, anchors
+
+
+def trained(optimizer):
+    kernel, anchors = variables()
+    optimizer.build([kernel, anchors])
+    for gradient in GRADIENTS:
+        optimizer.apply([gradient, gradient], [kernel, anchors])
+    return np.asarray(kernel), np.asarray(anchors)
+
+
+def torch_sgd(rates, momentum, l2):
+    value, buffer = np.float64([1, -2, 3, -4]), np.zeros(4)
+    for rate, gradient in zip(rates, GRADIENTS, strict=True):
+        buffer = momentum * buffer + gradient + l2 * value
+        value = value - rate * buffer
+    return value
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("l2", [0.0, 0.05])
+def test_sgd_is_that_of_pytorch_also_when_the_rate_changes(momentum, l2):
+    rates = np.array([Rates()(step) for step in range(6)], np.float64)
+    optimizer = SGD(Rates(), momentum=momentum, l2=l2, anchor_learning_rate_ratio=0.1, anchor_weight_decay=True)
+    kernel, anchors = trained(optimizer)
+    np.testing.assert_allclose(kernel, torch_sgd(rates, momentum, l2), rtol=1e-5)
+    np.testing.assert_allclose(anchors, torch_sgd(0.1 * rates, momentum, l2), rtol=1e-5)
+
+
+def test_weight_decay_spares_the_anchors_unless_asked_for():
+    _, anchors = trained(SGD(0.1, l2=0.5))
+    np.testing.assert_allclose(anchors, torch_sgd([0.1] * 6, 0.9, 0.0), rtol=1e-5)
+
+
+def test_adam_with_l2_is_that_of_pytorch_and_moves_anchors_at_their_own_rate():
+    def torch_adam(rate, l2):
+        value, first, second = np.float64([1, -2, 3, -4]), np.zeros(4), np.zeros(4)
+        for step, gradient in enumerate(GRADIENTS, start=1):
+            gradient = gradient + l2 * value
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            value = value - rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-7)
+        return value
+
+    kernel, anchors = trained(Adam(0.01, l2=0.3, anchor_learning_rate_ratio=0.01))
+    np.testing.assert_allclose(kernel, torch_adam(0.01, 0.3), rtol=1e-4)
+    np.testing.assert_allclose(anchors, torch_adam(0.0001, 0.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_optimizers_round_trip_through_their_config(kind):
+    optimizer = kind(0.25, l2=0.5, anchor_learning_rate_ratio=0.125, anchor_weight_decay=True)
+    copy = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert copy.get_config() == optimizer.get_config()
+    np.testing.assert_array_equal(trained(copy), trained(optimizer))
+
+
+def rate_in_epoch(schedule, epoch, steps_per_epoch):
+    """The rate of the first and of the last step of an epoch, counted from 0, which must agree."""
+    if isinstance(schedule, float):
+        return schedule
+    first, last = (float(schedule(step)) for step in (epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1))
+    assert first == last
+    return first
+
+
+def test_rate_of_the_vgg_recipe_is_halved_every_25_epochs_after_two_of_warmup():
+    config = OptimizationConfig(
+        learning_rate=0.1, schedule="steps", decay_every=25, warmup_learning_rates=(0.001, 0.01), epochs=60
+    )
+    schedule = learning_rate_schedule(config, 7)
+    rates = [rate_in_epoch(schedule, epoch, 7) for epoch in (0, 1, 2, 24, 25, 49, 50, 59)]
+    np.testing.assert_allclose(rates, [0.001, 0.01, 0.1, 0.1, 0.05, 0.05, 0.025, 0.025], rtol=1e-6)
+
+
+def test_rate_of_the_wide_resnet_recipe_falls_at_named_epochs():
+    config = OptimizationConfig(learning_rate=0.1, schedule="steps", decay_at=(6, 12), decay_factor=0.2, epochs=20)
+    schedule = learning_rate_schedule(config, 3)
+    rates = [rate_in_epoch(schedule, epoch, 3) for epoch in (0, 5, 6, 11, 12, 19)]
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.02, 0.02, 0.004, 0.004], rtol=1e-6)
+
+
+def test_cosine_ends_at_zero_and_constant_stays():
+    cosine = learning_rate_schedule(OptimizationConfig(learning_rate=0.4, schedule="cosine", epochs=5), 10)
+    np.testing.assert_allclose([cosine(0), cosine(25), cosine(50)], [0.4, 0.2, 0], atol=1e-7)
+    assert learning_rate_schedule(OptimizationConfig(learning_rate=0.4, schedule="constant"), 10) == 0.4
