@@ -67,7 +67,7 @@ def nearest_anchor(x, anchors):
     so the quantized values send no gradient to the anchors, the commitment loss none either, and the codebook loss
     none to `x`. `index` has no gradient.
 
-    Time grows with N log Q, memory with N + Q: there is no table of N x Q distances.
+    Time grows with N log Q, memory with N + Q log Q: there is no table of N x Q distances.
 
     Args:
         x: float16, bfloat16, float32 or float64 tensor of any shape, with N elements.
@@ -124,13 +124,18 @@ def _nearest_anchor(x, anchors):
     def gradient(*upstream):
         # TensorFlow passes the upstream gradients as arguments, JAX too; both name the outputs in order.
         d_quantized, _, d_codebook, d_commitment = upstream
-        d_x = ops.cast(d_quantized, anchors.dtype) + (2.0 * scale * d_commitment) * difference
+        d_x = ops.cast(d_quantized, anchors.dtype) + _weighted(d_commitment, 2.0 * scale, difference)
         per_anchor = ops.segment_sum(
             ops.reshape(-difference, (-1,)), ops.reshape(index, (-1,)), num_segments=ops.shape(anchors)[0]
         )
-        return ops.cast(d_x, x_dtype), (2.0 * scale * d_codebook) * per_anchor
+        return ops.cast(d_x, x_dtype), _weighted(d_codebook, 2.0 * scale, per_anchor)
 
     return (ops.cast(nearest, x_dtype), index, loss, ops.copy(loss)), gradient
+
+
+def _weighted(upstream, scale, values):
+    """Upstream * scale * values, and 0 where a loss is not used, also for infinite and NaN values."""
+    return ops.where(upstream == 0, ops.zeros_like(values), (upstream * scale) * values)
 
 
 def _nearest_index(x, anchors):
@@ -138,8 +143,10 @@ def _nearest_index(x, anchors):
 
     In the sorted anchors, the nearest ones form one run around the place where `x` would be inserted. The run is
     longer than one only at a midpoint, at duplicates, or where rounding makes several distances equal (x far outside
-    of closely spaced anchors); its lowest original index is found by walking outwards while the distance stays the
-    same. Almost always the walk ends before its first step.
+    of closely spaced anchors). Its lowest original index is found by widening it in steps of powers of two, from the
+    largest that fits: distances do not fall on the way out, so that an equal distance at the end of a step means equal
+    distances all along it, and a table of the lowest index of every 2^k neighbours answers for them at once. Where no
+    run is longer than its first two places, which is almost always, nothing of that is computed.
     """
     order = ops.cast(ops.argsort(anchors), "int32")
     ascending = ops.take(anchors, order, axis=0)
@@ -163,19 +170,31 @@ def _nearest_index(x, anchors):
     low = ops.where(distance_below == shortest, below, above)
     high = ops.where(distance_above == shortest, above, below)
 
-    def steps(low, high):
-        down = ops.logical_and(low > 0, distance(ops.maximum(low - 1, 0)) == shortest)
-        up = ops.logical_and(high < last, distance(ops.minimum(high + 1, last)) == shortest)
-        return down, up
-
-    def unfinished(low, high, index, down, up):
-        return ops.any(ops.logical_or(down, up))
-
-    def widen(low, high, index, down, up):
-        low, high = low - ops.cast(down, "int32"), high + ops.cast(up, "int32")
-        index = ops.minimum(index, ops.minimum(ops.take(order, low, axis=0), ops.take(order, high, axis=0)))
-        return low, high, index, *steps(low, high)
+    def equally_near(slot):
+        inside = ops.logical_and(slot >= 0, slot <= last)
+        return ops.logical_and(inside, distance(ops.clip(slot, 0, last)) == shortest)
 
     index = ops.minimum(ops.take(order, low, axis=0), ops.take(order, high, axis=0))
-    index = ops.while_loop(unfinished, widen, (low, high, index, *steps(low, high)))[2]
+    longer = ops.any(ops.logical_or(equally_near(low - 1), equally_near(high + 1)))
+
+    def widened():
+        lowest = order  # lowest[i] is the lowest original index of the slots i to i + step - 1
+        tables = []
+        for level in range(((anchors.shape[0] or MAX_ANCHORS) - 1).bit_length()):
+            step = 2**level
+            tables.append((step, lowest))
+            following = ops.minimum(ops.arange(ops.shape(order)[0], dtype="int32") + step, last)
+            lowest = ops.minimum(lowest, ops.take(lowest, following, axis=0))
+        start, end, best = low, high, index
+        for step, lowest in reversed(tables):
+            down, up = equally_near(start - step), equally_near(end + step)
+            on_the_way_down = ops.take(lowest, ops.maximum(start - step, 0), axis=0)
+            on_the_way_up = ops.take(lowest, ops.minimum(end + 1, last), axis=0)
+            best = ops.where(down, ops.minimum(best, on_the_way_down), best)
+            best = ops.where(up, ops.minimum(best, on_the_way_up), best)
+            start = ops.where(down, start - step, start)
+            end = ops.where(up, end + step, end)
+        return best
+
+    index = ops.cond(longer, widened, lambda: index)
     return ops.where(ops.isnan(x), 0, index)

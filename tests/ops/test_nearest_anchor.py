@@ -118,15 +118,27 @@ def test_each_output_moves_only_what_it_should(output, moves_x, moves_anchors):
     assert np.any(d_anchors) == moves_anchors
 
 
-def test_straight_through_gradient_is_the_upstream_gradient_in_half_precision_too():
-    x = tf.constant([0.1, 0.7, np.inf, -np.inf], tf.float16)
-    upstream = tf.constant([1, 2, 3, 4], tf.float16)
+@pytest.mark.parametrize("dtype", [tf.float16, tf.float32])
+def test_straight_through_gradient_is_the_upstream_gradient_also_at_nan_and_infinity(dtype):
+    x, anchors = tf.constant([0.1, 0.7, np.inf, -np.inf, np.nan], dtype), tf.constant([0.0, 1.0])
+    upstream = tf.constant([1, 2, 3, 4, 5], dtype)
     with tf.GradientTape() as tape:
-        tape.watch(x)
-        quantized = nearest_anchor(x, [0.0, 1.0]).quantized
-    gradient = tape.gradient(quantized, x, upstream)
-    assert gradient.dtype == tf.float16
-    np.testing.assert_array_equal(gradient[:2], upstream[:2])
+        tape.watch([x, anchors])
+        quantized = nearest_anchor(x, anchors).quantized
+    d_x, d_anchors = tape.gradient(quantized, [x, anchors], upstream)
+    assert d_x.dtype == dtype
+    np.testing.assert_array_equal(d_x, upstream)
+    np.testing.assert_array_equal(d_anchors, [0, 0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_runs_of_anchors_that_rounding_or_duplicates_make_equally_near_give_their_lowest_index(way):
+    generator = np.random.default_rng(4)
+    for count in (3, 64, 100):
+        for anchors in (generator.random(count), np.full(count, 0.25), generator.integers(0, 3, count) / 2):
+            anchors = anchors.astype("float32")
+            x = np.float32([1e30, -1e30, 1e7, -3e6, 1e8, 0.25, 0.5, 0.75, 0.3])
+            np.testing.assert_array_equal(WAYS[way](x, anchors).index, reference.nearest_index(x, anchors))
 
 
 def test_nan_spoils_both_losses_and_nothing_else():
