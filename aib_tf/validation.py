@@ -5,19 +5,26 @@ import numbers
 
 
 def check_count(name, value, minimum=1, maximum=None):
-    """Raises ValueError unless `value` is an integer from `minimum` to `maximum` (None: without an upper end)."""
+    """Returns `value` as an int; ValueError unless it is an integer from `minimum` to `maximum` (None: no end)."""
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < minimum or (maximum is not None and value > maximum):
         end = f"to {maximum}" if maximum is not None else "up"
         raise ValueError(f"`{name}` must be an integer from {minimum} {end}. Received: {name}={value!r}")
+    return int(value)
 
 
 def check_weight(name, value, positive=False):
-    """Raises ValueError unless `value` is a finite number, 0 or more (more than 0 if `positive`)."""
+    """Returns `value` as a float; ValueError unless it is finite and 0 or more (more than 0 if `positive`)."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
         allowed = "more than 0" if positive else "0 or more"
         raise ValueError(f"`{name}` must be a finite number, {allowed}. Received: {name}={value!r}")
+    return float(value)
+
+
+def check_seed(seed):
+    """Returns `seed` as an int or None; ValueError unless it is None or an integer from 0 to 2^31 - 1."""
+    return None if seed is None else check_count("seed", seed, minimum=0, maximum=2**31 - 1)
 
 
 def check_choice(name, value, choices):

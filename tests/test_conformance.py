@@ -239,12 +239,14 @@ def test_explain_has_the_documented_entries_and_shapes(descriptor, samples):
     np.testing.assert_allclose(explanation["probabilities"].sum(-1), 1, rtol=1e-5)
     if samples == 0:
         np.testing.assert_allclose(explanation["logits"], numpy(model(images)), **CLOSE)
-        assert not model.losses or model.quantizer is None or len(model.losses) == 3
 
 
 @every_model
 def test_explain_adds_no_loss_and_changes_no_metric(descriptor):
     model = descriptor.make()
-    model.explain(inputs(descriptor), samples=2)
-    assert model.losses == []
-    assert all(float(metric.result()) in (0.0, 1.0) for metric in model.metrics)
+    model(inputs(descriptor))
+    losses = [numpy(loss) for loss in model.losses]
+    values = [numpy(metric.result()) for metric in model.metrics]
+    model.explain(2 * inputs(descriptor), samples=2)
+    np.testing.assert_array_equal([numpy(loss) for loss in model.losses], losses)
+    np.testing.assert_array_equal([numpy(metric.result()) for metric in model.metrics], values)

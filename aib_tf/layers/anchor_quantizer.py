@@ -51,16 +51,13 @@ class AnchorQuantizer(keras.layers.Layer):
 
     def __init__(self, num_anchors=20, codebook_weight=0.4, commitment_weight=0.1, **kwargs):
         super().__init__(**kwargs)
-        check_count("num_anchors", num_anchors, maximum=MAX_ANCHORS)
-        check_weight("codebook_weight", codebook_weight)
-        check_weight("commitment_weight", commitment_weight)
-        self.num_anchors = num_anchors
-        self.codebook_weight = codebook_weight
-        self.commitment_weight = commitment_weight
+        self.num_anchors = check_count("num_anchors", num_anchors, maximum=MAX_ANCHORS)
+        self.codebook_weight = check_weight("codebook_weight", codebook_weight)
+        self.commitment_weight = check_weight("commitment_weight", commitment_weight)
         self._codebook_loss = keras.metrics.Mean(name="codebook_loss", dtype="float32")
         self._commitment_loss = keras.metrics.Mean(name="commitment_loss", dtype="float32")
-        self._anchors_in_use = AnchorsInUse(num_anchors, dtype="float32")
-        self._anchor_perplexity = AnchorPerplexity(num_anchors, dtype="float32")
+        self._anchors_in_use = AnchorsInUse(self.num_anchors, dtype="float32")
+        self._anchor_perplexity = AnchorPerplexity(self.num_anchors, dtype="float32")
 
     def build(self, input_shape):
         """Makes the anchors."""
@@ -72,8 +69,9 @@ class AnchorQuantizer(keras.layers.Layer):
     def call(self, scores):
         """Returns the quantized scores and adds the two loss terms."""
         result = self.nearest(scores)
-        self._codebook_loss.update_state(result.codebook_loss)
-        self._commitment_loss.update_state(result.commitment_loss)
+        images = ops.cast(ops.shape(result.index)[0], "float32") if len(scores.shape) else 1.0
+        self._codebook_loss.update_state(result.codebook_loss, sample_weight=images)
+        self._commitment_loss.update_state(result.commitment_loss, sample_weight=images)
         self._anchors_in_use.update_state(result.index)
         self._anchor_perplexity.update_state(result.index)
         self.add_loss(self.codebook_weight * ops.cast(result.codebook_loss, loss_dtype()))

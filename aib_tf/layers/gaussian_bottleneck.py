@@ -5,7 +5,7 @@ from keras import ops
 
 from aib_tf.layers.gaussian import loss_dtype, reparameterize, statistics_dtype, stddev_from_scores
 from aib_tf.losses import check_kl_form, kl_divergence, nats_to_bits
-from aib_tf.validation import check_count, check_weight
+from aib_tf.validation import check_count, check_seed, check_weight
 
 
 @keras.saving.register_keras_serializable(package="aib_tf")
@@ -19,7 +19,8 @@ class GaussianBottleneck(keras.layers.Layer):
     In training Z is drawn; at inference it is the mean unless `sample=True`. Everything from the split on is computed
     in float32 under mixed precision, and sigma is at least 1e-6.
 
-    The metric `rate_bits` is the mean closed-form KL in bits, without its weights, whatever `kl` is. (On the JAX
+    The metric `rate_bits` is the mean closed-form KL in bits, without its weights, whatever `kl` is; of two bottlenecks
+    in one model Keras shows one, since metrics of one name share a place in its logs. (On the JAX
     backend Keras does not carry metrics that a layer updates in its call through `fit`; the loss term is unaffected.)
 
     With sigma near 0.007 at the start, the KL starts above 1,000 nats for 256 dimensions. `warmup`, a non-trainable
@@ -69,19 +70,16 @@ class GaussianBottleneck(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_count("latent_dim", latent_dim)
-        check_weight("beta", beta)
-        check_weight("kl_weight", kl_weight)
         check_kl_form(kl)
-        self.latent_dim = latent_dim
-        self.beta = beta
+        self.latent_dim = check_count("latent_dim", latent_dim)
+        self.beta = check_weight("beta", beta)
         self.kl = kl
-        self.kl_weight = kl_weight
-        self.seed = seed
+        self.kl_weight = check_weight("kl_weight", kl_weight)
+        self.seed = check_seed(seed)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = keras.random.SeedGenerator(self.seed)
         self._dense = keras.layers.Dense(
-            2 * latent_dim, kernel_initializer=self.kernel_initializer, dtype=self.dtype_policy, name="statistics"
+            2 * self.latent_dim, kernel_initializer=self.kernel_initializer, dtype=self.dtype_policy, name="statistics"
         )
         self._rate = keras.metrics.Mean(name="rate_bits", dtype="float32")
 
@@ -100,9 +98,12 @@ class GaussianBottleneck(keras.layers.Layer):
     def call(self, inputs, training=None, sample=None):
         """Returns the (B, K) latent and adds the loss term."""
         mean, stddev = self.distribution(inputs)
-        rate = nats_to_bits(ops.mean(kl_divergence(mean, stddev)))
-        self._rate.update_state(rate)
-        charged = rate if self.kl == "closed_form" else nats_to_bits(ops.mean(kl_divergence(mean, stddev, self.kl)))
+        images = ops.cast(ops.shape(mean)[0], mean.dtype)
+        rate = _batch_mean_bits(kl_divergence(mean, stddev), images)
+        self._rate.update_state(rate, sample_weight=images)
+        charged = rate
+        if self.kl != "closed_form":
+            charged = _batch_mean_bits(kl_divergence(mean, stddev, self.kl), images)
         self.add_loss(self.beta * self.kl_weight * self.warmup * ops.cast(charged, loss_dtype()))
         if sample is None:
             sample = training
@@ -149,3 +150,8 @@ class GaussianBottleneck(keras.layers.Layer):
             "seed": self.seed,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+
+def _batch_mean_bits(nats, images):
+    """Mean over the batch, in bits; 0 for an empty batch, which tf.distribute can hand to a replica."""
+    return nats_to_bits(ops.sum(nats) / ops.maximum(images, 1))

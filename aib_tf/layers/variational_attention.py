@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from aib_tf.layers.gaussian import reparameterize, statistics_dtype, stddev_from_scores
+from aib_tf.validation import check_seed
 
 # The head's first bias: attention starts low, and a place has to earn more. Where nothing is at stake, such as on an
 # empty background, no gradient would take a high start back.
@@ -29,7 +30,8 @@ class VariationalSpatialAttention(keras.layers.Layer):
         features = features + features * attention
 
     Args:
-        head: a layer from (B, H, W, C) features to (B, H, W, 1) raw scores. None stands for one 3x3 convolution.
+        head: a layer from (B, H, W, C) features to (B, H, W, 1) raw scores. None stands for one 3x3 convolution, which
+            starts as the mean of its window with a bias of -2: attention starts low.
         seed: integer seed of the noise, or None for a random one.
         **kwargs: `name`, `dtype`, `trainable` as for every Keras layer.
 
@@ -59,8 +61,8 @@ class VariationalSpatialAttention(keras.layers.Layer):
         if head is not None and not isinstance(head, keras.layers.Layer):
             raise TypeError(f"`head` must be a keras.layers.Layer or None. Received: head={head!r}")
         self.head = head
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed = check_seed(seed)
+        self.seed_generator = keras.random.SeedGenerator(self.seed)
         self._scores = head or keras.layers.Conv2D(
             1,
             3,
@@ -82,10 +84,9 @@ class VariationalSpatialAttention(keras.layers.Layer):
                 "VariationalSpatialAttention expects features (batch, height, width, channels) with a known number of "
                 f"channels. Received: features.shape={tuple(input_shape)}"
             )
-        if not self._scores.built:
-            self._scores.build(input_shape)
         expected = (*input_shape[:3], 1)
-        scores_shape = tuple(self._scores.compute_output_shape(input_shape))
+        # A symbolic call builds any layer and tells its output shape, also where it does not define these itself.
+        scores_shape = tuple(self._scores(keras.KerasTensor(input_shape, dtype=self.compute_dtype)).shape)
         if scores_shape[1:] != expected[1:]:
             raise ValueError(
                 f"`head` must turn features {tuple(input_shape)} into scores {expected}: one channel, the same size. "

@@ -10,7 +10,8 @@ from aib_tf.layers import AnchorQuantizer, GaussianBottleneck, VariationalSpatia
 from aib_tf.losses import check_kl_form
 from aib_tf.models.aib import AIBClassifier
 from aib_tf.models.vgg import VGG
-from aib_tf.validation import check_count, check_weight
+from aib_tf.ops.nearest_anchor import MAX_ANCHORS
+from aib_tf.validation import check_count, check_seed, check_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +109,12 @@ class _Overrides:
 
     def __post_init__(self):
         check_count("latent_dim", self.latent_dim)
-        check_count("num_anchors", self.num_anchors)
+        check_count("num_anchors", self.num_anchors, maximum=MAX_ANCHORS)
         check_weight("width", self.width, positive=True)
+        for name in ("beta", "kl_weight", "codebook_weight", "commitment_weight"):
+            check_weight(name, getattr(self, name))
         check_kl_form(self.kl)
-        if self.seed is not None:
-            check_count("seed", self.seed, minimum=0)
+        check_seed(self.seed)
 
     @classmethod
     def of(cls, overrides):
@@ -143,9 +145,6 @@ def _kernel(seed):
 
 
 def _image_shape(input_shape):
-    shape = tuple(input_shape)
-    if len(shape) != 3:
-        raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={shape}")
-    for size in shape:
-        check_count("input_shape", size)
-    return shape
+    if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
+        raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}")
+    return tuple(check_count("input_shape", size) for size in input_shape)

@@ -91,6 +91,29 @@ def test_rate_and_its_gradient_stay_finite_for_extreme_scores():
     assert np.isfinite(tape.gradient(loss, x)).all()
 
 
+def test_an_empty_batch_costs_nothing_and_leaves_the_reported_rate():
+    layer = built()
+    layer(vectors(3, 6))
+    rate = np.asarray(layer._rate.result())
+    layer(np.zeros((0, 6), "float32"))
+    assert float(layer.losses[0]) == 0
+    np.testing.assert_array_equal(layer._rate.result(), rate)
+
+
+def test_reported_rate_is_the_mean_over_images_not_over_batches():
+    layer, whole = built(), built()
+    x = vectors(5, 6)
+    layer(x[:4])
+    layer(x[4:])
+    whole(x)
+    np.testing.assert_allclose(layer._rate.result(), whole._rate.result(), rtol=1e-5)
+
+
+def test_numbers_of_numpy_are_taken_as_numbers():
+    layer = GaussianBottleneck(np.int64(4), beta=np.float32(0.5), seed=np.int64(3))
+    assert GaussianBottleneck.from_config(layer.get_config()).get_config() == layer.get_config()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

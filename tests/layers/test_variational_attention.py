@@ -89,6 +89,29 @@ def test_a_head_of_ones_own_is_used_and_saved():
     assert [type(inner).__name__ for inner in copy.head.layers] == ["Conv2D", "Conv2D"]
 
 
+def test_a_head_that_is_an_ordinary_subclass_is_built_by_a_symbolic_call():
+    class Head(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.convolution = keras.layers.Conv2D(1, 3, padding="same")
+
+        def call(self, features):
+            return self.convolution(features)
+
+    layer = VariationalSpatialAttention(head=Head())
+    assert layer(features(2, 5, 6, 3)).shape == (2, 5, 6, 1)
+
+
+def test_first_map_is_low_and_higher_where_features_are_active():
+    images = np.zeros((1, 8, 8, 3), "float32")
+    images[0, 4, 4] = 9.0
+    layer = VariationalSpatialAttention()
+    layer.build(images.shape)
+    mean, _ = layer.distribution(images)
+    assert mean[0, 0, 0, 0] < 0.2
+    assert mean[0, 4, 4, 0] > mean[0, 0, 0, 0]
+
+
 def test_batch_norm_in_the_head_sees_training():
     head = keras.Sequential([keras.layers.Conv2D(1, 1), keras.layers.BatchNormalization()])
     layer = VariationalSpatialAttention(head=head)
