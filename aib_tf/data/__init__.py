@@ -1,9 +1,9 @@
 """Data sets and the input pipeline.
 
-Importing this package imports TensorFlow, but neither TFDS nor scikit-learn: they are imported
-when data is first read or drawn.
+Importing this package registers the builder of `cluttered_digits`, so that `tfds.load` finds it by name.
 """
 
+from aib_tf.data import cluttered_digits as _registered  # noqa: F401
 from aib_tf.data.datasets import DATASETS, DatasetInfo, get
 from aib_tf.data.pipeline import (
     MEMORY_LIMIT,

@@ -15,7 +15,9 @@ random operations), so that a run can be resumed at any batch. Order is determin
 import contextlib
 import importlib
 import os
+import urllib.error
 import urllib.parse
+import urllib.request
 from collections.abc import Sequence
 
 import numpy as np
@@ -610,17 +612,22 @@ def _check_network(builder):
     """Raises within seconds what a download would raise after minutes of retries.
 
     Raises:
-        OSError: if the server does not answer; requests' exceptions are of this type.
+        OSError: if the server does not answer.
     """
-    import requests  # TFDS depends on it. It obeys the same proxy settings as the download.
-
     for url in builder.url_infos or ():
         if urllib.parse.urlsplit(url).scheme in ("http", "https"):
-            requests.head(url, timeout=_NETWORK_TIMEOUT)
+            with contextlib.suppress(urllib.error.HTTPError):  # any answer shows that there is a network
+                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_NETWORK_TIMEOUT).close()
             return
 
 
 def _unavailable(info, folder, reason) -> DatasetUnavailableError:
+    if info.generated:
+        return DatasetUnavailableError(
+            f"The data set {info.name} is not in {folder}. {reason}\n"
+            "It is made on the spot and needs no network, but a folder that can be written: pass one as data_dir "
+            f"(--data_dir=DIR), or set TFDS_DATA_DIR. Received: data_dir={folder!r}"
+        )
     return DatasetUnavailableError(
         f"The data set {info.name} is not in {folder}. {reason}\n"
         "To provide it, prepare it on a machine with a network:\n"

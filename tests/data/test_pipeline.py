@@ -1,11 +1,14 @@
 import dataclasses
 import pathlib
+import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 
 import keras
 import numpy as np
 import pytest
-import requests
 import tensorflow as tf
 
 from aib_tf import data
@@ -298,11 +301,10 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
 
 
 def test_data_that_cannot_be_fetched_is_asked_for_within_seconds(tmp_path, monkeypatch):
-    def no_network(url, **options):
-        raise requests.ConnectionError(f"no route to {url}")
+    def no_network(request, **options):
+        raise urllib.error.URLError(f"no route to {request.full_url}")
 
-    monkeypatch.setattr(requests, "head", no_network)
-    monkeypatch.setattr(requests.Session, "get", no_network)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     begin = time.monotonic()
     with pytest.raises(data.DatasetUnavailableError) as caught:
         data.load("cifar10", "train", 8, tmp_path)
@@ -316,11 +318,12 @@ def test_the_download_is_not_tried_when_its_server_is_away(monkeypatch):
     class Builder:
         url_infos = {"https://example.org/data.tar.gz": None}
 
-    def no_network(url, timeout):
+    def no_network(request, timeout):
         assert timeout <= 10
-        raise requests.ConnectionError(url)
+        assert request.get_method() == "HEAD"
+        raise urllib.error.URLError(f"no route to {request.full_url}")
 
-    monkeypatch.setattr(requests, "head", no_network)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     with pytest.raises(OSError, match=r"example\.org"):
         pipeline._check_network(Builder())
 
@@ -378,3 +381,20 @@ def test_cifar10_is_read_augmented_and_divided():
     assert set(labels) == set(range(10))
     ids = next(iter(data.load("cifar10", "test", 4, CIFAR10_DIR, fields="id")))["id"]
     assert ids.numpy()[0].startswith(b"test_")
+
+
+def test_tfds_finds_the_digits_by_name_after_importing_the_data_package(data_dir):
+    program = (
+        "import sys, aib_tf.data, tensorflow_datasets as tfds\n"
+        "print(len(tfds.load(sys.argv[1], split='train', data_dir=sys.argv[2])))\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program, TINY, str(data_dir)], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.split()[-1] == "60"
+
+
+def test_a_generated_set_that_cannot_be_written_asks_for_another_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.DatasetUnavailableError, match="needs no network, but a folder that can be written"):
+        data.load("cluttered_digits/train3_validation1_test1_seed0", "train", 1, tmp_path / "file" / "data")
