@@ -22,6 +22,7 @@ OBJECTIVES = {
     "formula": {
         "kl": "closed_form",
         "kl_weight": 1.0,
+        "beta_warmup_epochs": 1.0,
         "anchor_learning_rate_ratio": 1e-4,
         "anchor_weight_decay": False,
         "select_on": "validation",
@@ -31,6 +32,7 @@ OBJECTIVES = {
     "reference": {
         "kl": "reference",
         "kl_weight": 0.5,  # its VGG; 1 in its other networks
+        "beta_warmup_epochs": 0.0,
         "anchor_learning_rate_ratio": 1e-4,
         "anchor_weight_decay": True,
         "select_on": "test",
@@ -67,10 +69,10 @@ class ObjectiveConfig:
     objective: str = _setting(
         "formula",
         "formula or reference (what the released code computes): the default of kl, kl_weight, "
-        "anchor_learning_rate_ratio, anchor_weight_decay, select_on, samples and seed.",
+        "beta_warmup_epochs, anchor_learning_rate_ratio, anchor_weight_decay, select_on, samples and seed.",
     )
     beta: float = _setting(0.01, "Weight of the rate.")
-    beta_warmup_epochs: float = _setting(1.0, "Epochs in which the weight of the rate grows linearly from 0.")
+    beta_warmup_epochs: float | None = _setting(None, "Epochs in which the weight of the rate grows linearly from 0.")
     kl: str | None = _setting(None, "closed_form or reference.")
     kl_weight: float | None = _setting(None, "A second factor of the rate.")
     codebook_weight: float = _setting(0.4, "Weight of the codebook loss.")
@@ -78,8 +80,10 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         check_choice("objective", self.objective, OBJECTIVES)
-        for name in ("beta", "beta_warmup_epochs", "codebook_weight", "commitment_weight"):
+        for name in ("beta", "codebook_weight", "commitment_weight"):
             check_weight(name, getattr(self, name))
+        if self.beta_warmup_epochs is not None:
+            check_weight("beta_warmup_epochs", self.beta_warmup_epochs)
         if self.kl is not None:
             check_kl_form(self.kl)
         if self.kl_weight is not None:

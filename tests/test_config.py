@@ -30,6 +30,7 @@ def test_formula_resolves_to_the_documented_defaults():
     assert flat["anchor_learning_rate_ratio"] == 1e-4
     assert flat["anchor_weight_decay"] is False
     assert flat["select_on"] == "validation"
+    assert flat["beta_warmup_epochs"] == 1.0
     assert flat["samples"] == 0
     assert flat["seed"] == 0
 
@@ -39,6 +40,7 @@ def test_reference_sets_what_the_released_code_does_and_draws_a_seed():
     flat = config.flatten(reference.resolved())
     assert (flat["kl"], flat["kl_weight"], flat["select_on"], flat["samples"]) == ("reference", 0.5, "test", 4)
     assert flat["anchor_weight_decay"] is True
+    assert flat["beta_warmup_epochs"] == 0.0
     assert len({config.flatten(reference.resolved())["seed"] for _ in range(4)}) > 1
 
 

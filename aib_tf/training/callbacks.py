@@ -85,28 +85,28 @@ class StopAtNonFinite(keras.callbacks.Callback):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps the run folder up to date: history, best model, checkpoints; and stops when asked to, saving first.
+    """Keeps the run folder up to date: history, best model, checkpoints; saves when training is asked to stop.
 
     Args:
         run: the `Run`.
         progress: the `Progress` to go on from; it is kept current.
         batches_per_epoch: batches in a whole epoch.
         monitor: the entry of the logs whose largest value marks the best model.
+        learning_rate: number, or schedule from the step to the learning rate.
+        stop: the `StopRequest` to obey.
     """
 
-    def __init__(self, run, progress, batches_per_epoch, monitor):
+    def __init__(self, run, progress, batches_per_epoch, monitor, learning_rate, stop):
         super().__init__()
         self.run = run
         self.progress = progress
         self.batches_per_epoch = batches_per_epoch
         self.monitor = monitor
-        self._stop = StopRequest()
+        self.learning_rate = learning_rate
+        self.stop = stop
         self._saved = time.monotonic()
         self._began = time.monotonic()
         self._skipped = 0
-
-    def on_train_begin(self, logs=None):
-        self._stop.listen()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._began = time.monotonic()
@@ -122,42 +122,70 @@ class Recorder(keras.callbacks.Callback):
         self.progress.batch = self._skipped + batch + 1
         if self.progress.batch == self.batches_per_epoch:
             return  # the end of the epoch saves, after validation
-        if self._stop.signal or time.monotonic() - self._saved > _CHECKPOINT_SECONDS:
+        if self.stop.signal or time.monotonic() - self._saved > _CHECKPOINT_SECONDS:
             self._save({name: np.asarray(variable) for name, variable in metric_variables(self.model).items()})
-            self._raise_if_stopped()
 
     def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch + 1, "learning_rate": float(self.model.optimizer.learning_rate), **logs}
+        last_step = (epoch + 1) * self.batches_per_epoch - 1
+        rate = self.learning_rate(last_step) if callable(self.learning_rate) else self.learning_rate
+        row = {"epoch": epoch + 1, "learning_rate": float(rate), **logs}
         row["seconds"] = round(time.monotonic() - self._began, 3)
         self.progress.epoch, self.progress.batch = epoch + 1, 0
         self.progress.rows.append({name: _plain(value) for name, value in row.items()})
         self.run.write_history(self.progress.rows)
         self._keep_best(epoch + 1, float(logs[self.monitor]))
         self._save({})
-        self._raise_if_stopped()
-
-    def close(self):
-        """Gives Ctrl-C back to Python."""
-        self._stop.close()
 
     def _keep_best(self, epoch, value):
         best = self.run.best
-        if best is None or not self.run.best_file.exists() or value > best["value"]:
+        earlier = [row[self.monitor] for row in self.progress.rows[:-1]]
+        highest = best["value"] if best else max(earlier, default=-math.inf)
+        if value > highest or not self.run.best_file.exists():
             with files.replacing(self.run.best_file) as path:
                 self.model.save(path)
             files.write_json(self.run.best_info_file, {"epoch": epoch, "monitor": self.monitor, "value": value})
 
     def _save(self, metrics):
-        step = int(self.model.optimizer.iterations)
+        # Not the optimizer's count, which stands still when a float16 gradient overflows.
+        step = self.progress.epoch * self.batches_per_epoch + self.progress.batch
+        bad = [variable.path for variable in self.model.variables if not np.isfinite(np.asarray(variable)).all()]
+        if bad:
+            raise NonFiniteLossError(
+                f"{', '.join(bad[:3])} became NaN or infinite in training, at step {step}. The last checkpoint and the "
+                "best model stay as they were. Try a lower learning rate in another folder."
+            )
         progress = Progress(self.progress.epoch, self.progress.batch, self.progress.rows, metrics)
         self.run.checkpoints.save(self.model, progress, step)
         self._saved = time.monotonic()
 
-    def _raise_if_stopped(self):
-        if self._stop.signal:
-            step = int(self.model.optimizer.iterations)
+
+class StopWhenAsked(keras.callbacks.Callback):
+    """Ends training after a `StopRequest`. It comes last, so that the others have finished the step or the epoch.
+
+    Args:
+        stop: the `StopRequest`.
+        progress: the `Progress` that a `Recorder` keeps current.
+        batches_per_epoch: batches in a whole epoch.
+    """
+
+    def __init__(self, stop, progress, batches_per_epoch):
+        super().__init__()
+        self.stop = stop
+        self.progress = progress
+        self.batches_per_epoch = batches_per_epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.progress.batch < self.batches_per_epoch:  # else the epoch is about to end, and to be saved
+            self._raise_if_asked()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._raise_if_asked()
+
+    def _raise_if_asked(self):
+        if self.stop.signal:
+            step = self.progress.epoch * self.batches_per_epoch + self.progress.batch
             raise TrainingInterrupted(
-                f"Stopped by {self._stop.signal} at step {step}; the state is saved. The same command continues."
+                f"Stopped by {self.stop.signal} at step {step}; the state is saved. The same command continues."
             )
 
 

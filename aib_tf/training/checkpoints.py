@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import re
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from aib_tf import files
 
 _KEPT = 2
 _METRIC = "metric/"
+# What zipfile, zlib, NumPy and JSON raise for a file that is cut short or changed.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError, NotImplementedError)
 _NAME = re.compile(r"step-(\d+)\.npz")
 _AUTOMATIC_NUMBER = re.compile(r"_\d+(?=/|$)")
 _logger = logging.getLogger("aib_tf")
@@ -77,22 +81,33 @@ class Checkpoints:
 
         Returns:
             The `Progress` it was saved with; a fresh one if there is no checkpoint.
+
+        Raises:
+            ValueError: if the checkpoint is whole but its variables are not those of the model; nothing is changed.
         """
-        for path in reversed(self.paths()):
+        paths = self.paths()
+        for path in reversed(paths):
             try:
                 arrays, progress = _read(path)
-                values = _matching(arrays, _variables(model))
-            except Exception as error:  # zipfile, NumPy and JSON each have their own for a damaged file
+            except _DAMAGE as error:
                 aside = path.with_name(path.name + ".damaged")
                 path.replace(aside)
                 _logger.warning(
-                    "Checkpoint %s is damaged (%s: %s); it is now %s, and the one before it is used.",
+                    "Checkpoint %s is damaged (%s: %s); it is now %s, and %s.",
                     path,
                     type(error).__name__,
                     error,
                     aside.name,
+                    "training starts over" if path == paths[0] else "the one before it is used",
                 )
                 continue
+            try:
+                values = _matching(arrays, _variables(model))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is of another model, or of another version of Keras or aib_tf: {error}. Continue with the "
+                    f"versions that config.json names, or name another folder. Received: {str(path)!r}"
+                ) from error
             # Everything has been read and compared: from here on nothing can fail halfway.
             for variable, value in values:
                 variable.assign(value)
@@ -138,6 +153,4 @@ def _matching(arrays, variables):
     for name, variable in variables.items():
         if arrays[name].shape != tuple(variable.shape):
             raise ValueError(f"{name} has shape {arrays[name].shape}, not {tuple(variable.shape)}")
-        if arrays[name].dtype.kind == "f" and not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} is not finite")
     return [(variable, arrays[name]) for name, variable in variables.items()]

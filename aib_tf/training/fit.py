@@ -1,18 +1,21 @@
 """Training by config: everything between a `Config` and a run folder."""
 
+import dataclasses
 import logging
+import os
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from aib_tf import data, evaluation, losses, metrics, models, visualization
-from aib_tf.training.callbacks import BetaWarmup, Recorder, StopAtNonFinite
-from aib_tf.training.optimizers import make_optimizer
+from aib_tf import data, evaluation, files, losses, metrics, models, visualization
+from aib_tf.training.callbacks import BetaWarmup, Recorder, StopAtNonFinite, StopRequest, StopWhenAsked
+from aib_tf.training.optimizers import learning_rate_schedule, make_optimizer
 from aib_tf.training.results import MEASURING_BATCH, draw_attention, measure
 from aib_tf.training.run import Run
 from aib_tf.training.tensorboard import TensorBoardLogs
 
+_MONITOR = "val_accuracy"
 _logger = logging.getLogger("aib_tf")
 
 
@@ -36,7 +39,10 @@ def fit(config, output_dir, verbose=1):
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving.
     """
     run = Run(output_dir)
-    config = run.resolve(config)
+    config = run.resolve(_with_absolute_folder(config))
+    if run.metrics_file.exists() and run.best_file.exists() and run.history_file.exists():
+        _logger.info("This run is finished. Its results are in %s.", run.metrics_file)
+        return run.read_history()
     info = data.get(config.data.name)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
@@ -47,6 +53,8 @@ def fit(config, output_dir, verbose=1):
     with run.locked():
         run.create(config)
         progress = run.checkpoints.restore(model)
+        if progress.rows:
+            run.write_history(progress.rows)
         if progress.epoch or progress.batch:
             _logger.info(
                 "Continuing %s after epoch %d of %d, batch %d of %d.",
@@ -58,11 +66,16 @@ def fit(config, output_dir, verbose=1):
             )
         if progress.epoch < config.optimization.epochs:
             _train(model, config, info, run, progress, batches, verbose)
-        if not run.metrics_file.exists():
-            _finish(run, config)
-        elif verbose:
-            _logger.info("This run is finished. Its results are in %s.", run.metrics_file)
+        _finish(run, config, model, progress)
     return run.read_history()
+
+
+def _with_absolute_folder(config):
+    """The config as it has to stand in the run folder, which is read from other working directories."""
+    folder = config.data.data_dir
+    if folder is None or "://" in folder:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=os.path.abspath(folder)))
 
 
 def _build(config, info):
@@ -116,14 +129,17 @@ def _train(model, config, info, run, progress, batches, verbose):
     )
     selection = data.load(source.name, config.select_on, MEASURING_BATCH, source.data_dir)
     pictures = next(iter(data.load(source.name, config.select_on, 8, source.data_dir, normalize=False)))[0].numpy()
-    recorder = Recorder(run, progress, batches, monitor="val_accuracy")
+    learning_rate = learning_rate_schedule(config.optimization, batches)
+    stop = StopRequest()
     callbacks = [
         BetaWarmup(round(config.objective.beta_warmup_epochs * batches)),
         StopAtNonFinite(),
-        recorder,
+        Recorder(run, progress, batches, _MONITOR, learning_rate, stop),
         TensorBoardLogs(run.tensorboard_folder, pictures, data.normalize_images(pictures, info), progress.rows),
+        StopWhenAsked(stop, progress, batches),
     ]
     iterator = stream
+    stop.listen()
     try:
         if progress.batch:
             # The rest of an epoch has fewer steps than the others, so it is a `fit` of its own.
@@ -134,7 +150,7 @@ def _train(model, config, info, run, progress, batches, verbose):
         if progress.epoch < epochs:
             _fit(model, iterator, selection, callbacks, progress.epoch, epochs, batches, verbose)
     finally:
-        recorder.close()
+        stop.close()
 
 
 def _fit(model, stream, selection, callbacks, first_epoch, epochs, steps, verbose):
@@ -150,14 +166,23 @@ def _fit(model, stream, selection, callbacks, first_epoch, epochs, steps, verbos
     )
 
 
-def _finish(run, config):
+def _finish(run, config, last_model, progress):
     """Measures the best model on the test split, and draws what it looks at."""
+    if not run.best_file.exists():
+        _logger.warning("%s is missing; the model of the last epoch takes its place.", run.best_file)
+        with files.replacing(run.best_file) as path:
+            last_model.save(path)
+        row = progress.rows[-1]
+        files.write_json(run.best_info_file, {"epoch": row["epoch"], "monitor": _MONITOR, "value": row[_MONITOR]})
     model = run.load_best()
     visualization.save_figure(visualization.training_curves(run.read_history()), run.curves_file)
     if model.attention is not None:
         draw_attention(model, config, run.attention_file)
     results = measure(model, config)
-    best = run.best
+    best = run.best or max(
+        ({"epoch": row["epoch"], "monitor": _MONITOR, "value": row[_MONITOR]} for row in progress.rows),
+        key=lambda candidate: candidate["value"],
+    )
     _logger.info(
         "The best model is that of epoch %d, %s %.4f. On the test split:\n\n%s\n",
         best["epoch"],

@@ -143,6 +143,8 @@ def learning_rate_schedule(config, steps_per_epoch):
         decays = epoch // config.decay_every if config.decay_every else sum(epoch >= at for at in config.decay_at)
         rates.append(config.learning_rate * config.decay_factor**decays)
     changes = [epoch for epoch in range(1, len(rates)) if rates[epoch] != rates[epoch - 1]]
+    if not changes:
+        return rates[0]
     # Keras keeps a value up to and including its boundary, and counts steps from 0.
     return keras.optimizers.schedules.PiecewiseConstantDecay(
         [epoch * steps_per_epoch - 1 for epoch in changes], [rates[epoch] for epoch in [0, *changes]]

@@ -22,7 +22,7 @@ def measure(model, config, split="test", samples=None, suites=None):
     """
     fields = _fields(config, "image", "label", "bbox", "mask")
     images = data.load(config.data.name, split, MEASURING_BATCH, config.data.data_dir, fields=fields)
-    samples = config.samples if samples is None else samples
+    samples = config.resolved().samples if samples is None else samples
     return evaluation.evaluate(model, images, suites=suites, samples=samples)
 
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import aib_tf
 from aib_tf import files
-from aib_tf.config import Config, differences
+from aib_tf.config import OBJECTIVES, Config, differences
 from aib_tf.training.checkpoints import Checkpoints
 
 try:
@@ -104,8 +104,8 @@ class Run:
                 )
             return config.resolved()
         old = self.config
-        if config.seed is None and config.objective.objective == old.objective.objective:
-            config = dataclasses.replace(config, seed=config.resolved().seed if old.seed is None else old.seed)
+        if config.seed is None and OBJECTIVES[config.objective.objective]["seed"] is None:
+            config = dataclasses.replace(config, seed=old.seed)
         new = config.resolved()
         changes = differences(old, new)
         if changes:
@@ -169,10 +169,11 @@ class Run:
 
     @property
     def best(self):
-        """Epoch (from 1) and value of the best model so far, as a dict, or None."""
+        """Epoch (from 1), monitored metric and its value of the best model so far, as a dict, or None."""
         try:
-            return json.loads(self.best_info_file.read_text())
-        except FileNotFoundError:
+            best = json.loads(self.best_info_file.read_text())
+            return {"epoch": int(best["epoch"]), "monitor": str(best["monitor"]), "value": float(best["value"])}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def load_best(self):
@@ -186,13 +187,13 @@ class Run:
         """
         if not self.best_file.exists():
             raise RunMismatchError(
-                f"This run has no model yet: {self.best_file} is missing. It is written after the first epoch; "
-                "continue the run with the command that started it."
+                f"This run has no best model: {self.best_file} is missing. It is written after each epoch that is the "
+                "best so far; repeat the command that started the run."
             )
         try:
             return keras.saving.load_model(self.best_file)
         except Exception as error:  # Keras lets zipfile's, h5py's and its own errors through
             raise RunMismatchError(
-                f"{self.best_file} is damaged ({type(error).__name__}: {error}). Delete it and best.json, and continue "
-                "the run with the command that started it."
+                f"{self.best_file} is damaged ({type(error).__name__}: {error}). Delete it and repeat the command that "
+                "trained it: the last checkpoint then takes its place."
             ) from error

@@ -14,7 +14,7 @@ class TensorBoardLogs(keras.callbacks.Callback):
         folder: folder of the logs.
         pictures: uint8 images (B, H, W, channels) to draw overlays for.
         images: the same, normalised as the model takes them.
-        rows: the history, one dict for each epoch; read only.
+        rows: the history with a dict for each epoch, this one included, as a `Recorder` keeps it.
     """
 
     def __init__(self, folder, pictures, images, rows):
@@ -33,16 +33,15 @@ class TensorBoardLogs(keras.callbacks.Callback):
             for name, value in logs.items():
                 split, name = ("validation", name[4:]) if name.startswith("val_") else ("train", name)
                 tf.summary.scalar(f"{name}/{split}", value)
-            tf.summary.scalar("learning_rate", float(self.model.optimizer.learning_rate))
+            tf.summary.scalar("learning_rate", self.rows[-1]["learning_rate"])
             if self.model.quantizer is not None:
                 tf.summary.histogram("anchors", self.model.quantizer.anchors.value)
             if self.model.attention is not None:
                 figure = attention_figure(self.model, self.pictures, self.images)
                 tf.summary.image("attention", visualization.figure_to_array(figure)[None])
-            if self.rows:
-                history = {name: [row[name] for row in self.rows] for name in self.rows[0]}
-                curves = visualization.figure_to_array(visualization.training_curves(history))
-                tf.summary.image("curves_and_information_plane", curves[None])
+            history = {name: [row[name] for row in self.rows] for name in self.rows[0]}
+            curves = visualization.figure_to_array(visualization.training_curves(history))
+            tf.summary.image("curves_and_information_plane", curves[None])
         self._writer.flush()
 
     def on_train_end(self, logs=None):

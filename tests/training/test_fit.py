@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import keras
 import numpy as np
@@ -92,6 +93,23 @@ def test_another_config_is_refused_with_the_differences(finished, tiny):
     assert "epochs" not in str(error.value)
 
 
+def test_a_seed_left_out_is_the_default_seed_and_not_the_one_of_the_folder(tiny, tmp_path):
+    run = training.Run(tmp_path / "run")
+    run.create(tiny(seed=1).resolved())
+    with pytest.raises(training.RunMismatchError, match="seed: 1 -> 0"):
+        run.resolve(tiny())
+    drawn = tiny(objective="reference").resolved()
+    other = training.Run(tmp_path / "other")
+    other.create(drawn)
+    assert other.resolve(tiny(objective="reference")) == drawn
+
+
+def test_history_has_the_learning_rate_that_an_epoch_was_trained_with(finished):
+    _, config, history = finished
+    schedule = training.learning_rate_schedule(config.resolved().optimization, 6)
+    np.testing.assert_allclose(history["learning_rate"], [schedule(5), schedule(11)], rtol=1e-6)
+
+
 def test_a_folder_with_other_files_is_refused_and_left_alone(tiny, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(training.RunMismatchError, match=r"thesis\.tex"):
@@ -146,9 +164,7 @@ class TestCheckpoints:
 
     @pytest.fixture
     def copied(self, finished, tmp_path):
-        """A copy of the finished run that has one more epoch to go, its checkpoints being of epochs 1 and 2."""
-        import shutil
-
+        """A copy of the finished run, its checkpoints being of epochs 1 and 2, that has yet to be measured."""
         folder, config, _ = finished
         copy = tmp_path / "run"
         shutil.copytree(folder, copy)
@@ -188,7 +204,7 @@ class TestCheckpoints:
         model = aib_tf.models.build("vgg_aib_qt", (32, 32, 1), 10, width=0.06, latent_dim=8, num_anchors=5)
         model.compile(training.Adam(keras.optimizers.schedules.CosineDecay(1e-3, 10)))
         model.optimizer.build(model.trainable_variables)
-        with pytest.raises(ValueError, match=r"has shape|are not those of this model"):
+        with pytest.raises(ValueError, match=r"are not those of this model|has shape"):
             training.checkpoints._matching(arrays, training.checkpoints._variables(model))
 
     def test_half_written_files_of_a_killed_process_are_removed(self, copied):
@@ -199,10 +215,34 @@ class TestCheckpoints:
         assert not leftover.exists()
 
     def test_a_damaged_best_model_is_named(self, copied):
-        folder, _ = copied
+        folder, config = copied
         self.damage(folder / "best.keras", "cut short")
-        with pytest.raises(training.RunMismatchError, match=r"best\.keras is damaged"):
+        with pytest.raises(training.RunMismatchError, match=r"best\.keras is damaged.*Delete it"):
             training.Run(folder).load_best()
+        (folder / "best.keras").unlink()
+        training.fit(config, folder, verbose=0)
+        assert training.Run(folder).load_best().name == "vgg_aib_qt"
+
+    @pytest.mark.parametrize("content", ["", "{}", "null"])
+    def test_a_damaged_record_of_the_best_model_is_made_again_from_the_history(self, copied, content, finished):
+        folder, config = copied
+        expected = training.Run(finished[0]).best
+        (folder / "best.json").write_text(content)
+        training.fit(config, folder, verbose=0)
+        assert json.loads((folder / "metrics.json").read_text())["best"] == expected
+
+    def test_a_missing_history_is_written_again_from_the_checkpoint(self, copied, finished):
+        folder, config = copied
+        (folder / "history.csv").unlink()
+        assert training.fit(config, folder, verbose=0) == finished[2]
+
+    def test_a_finished_run_without_checkpoints_is_not_trained_again(self, finished, tmp_path):
+        folder, config, history = finished
+        copy = tmp_path / "run"
+        shutil.copytree(folder, copy)
+        shutil.rmtree(copy / "checkpoints")
+        assert training.fit(config, copy, verbose=0) == history
+        assert not (copy / "checkpoints").exists()
 
 
 def test_beta_warmup_rises_to_one_and_stays():

@@ -106,6 +106,12 @@ def test_rate_of_the_wide_resnet_recipe_falls_at_named_epochs():
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.02, 0.02, 0.004, 0.004], rtol=1e-6)
 
 
+@pytest.mark.parametrize("recipe", [{"decay_every": 25, "schedule": "steps"}, {"warmup_learning_rates": (0.4,)}])
+def test_a_run_too_short_for_its_first_change_keeps_one_rate(recipe):
+    config = OptimizationConfig(**{"learning_rate": 0.4, "schedule": "constant", "epochs": 1, **recipe})
+    assert learning_rate_schedule(config, 10) == 0.4
+
+
 def test_cosine_ends_at_zero_and_constant_stays():
     cosine = learning_rate_schedule(OptimizationConfig(learning_rate=0.4, schedule="cosine", epochs=5), 10)
     np.testing.assert_allclose([cosine(0), cosine(25), cosine(50)], [0.4, 0.2, 0], atol=1e-7)
