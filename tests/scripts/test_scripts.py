@@ -1,0 +1,169 @@
+"""The scripts as a user calls them: in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "--dataset=cluttered_digits/train96_validation40_test40_seed0",
+    "--width=0.05",
+    "--latent_dim=8",
+    "--num_anchors=5",
+    "--batch_size=16",
+    "--epochs=1",
+]
+
+
+def script(name, *arguments):
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    """A trained run, and what training it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    result = script("train", *TINY, f"--data_dir={data_dir}", f"--output_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_train_shows_its_progress_and_ends_with_a_table(run):
+    _, result = run
+    for name in ("accuracy", "rate_bits", "codebook_loss", "commitment_loss", "anchors_in_use", "cross_entropy_bits"):
+        assert f"{name}:" in result.stdout
+    assert "The best model is that of epoch 1" in result.stderr
+    assert "95% interval" in result.stderr
+
+
+def test_train_again_says_that_the_run_is_finished(run, data_dir):
+    folder, _ = run
+    result = script("train", *TINY, f"--data_dir={data_dir}", f"--output_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    assert "This run is finished" in result.stderr
+
+
+def test_evaluate_prints_and_saves_the_same_numbers_as_training_did(run):
+    folder, _ = run
+    result = script("evaluate", f"--run={folder}")
+    assert result.returncode == 0, result.stderr
+    for name in ("top 1", "rate bits", "pointing box attention", "pointing box uniform", "energy box centred"):
+        assert name in result.stdout
+    saved = json.loads((folder / "evaluation_test.json").read_text())
+    assert saved["suites"] == json.loads((folder / "metrics.json").read_text())["suites"]
+
+
+def test_evaluate_takes_a_split_a_suite_and_samples(run):
+    folder, _ = run
+    result = script("evaluate", f"--run={folder}", "--split=validation", "--suite=accuracy", "--samples=2")
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((folder / "evaluation_validation_accuracy.json").read_text())
+    assert list(saved["suites"]) == ["accuracy"]
+    assert saved["suites"]["accuracy"]["samples"] == 2
+
+
+def test_visualize_draws_images_of_the_data_set(run):
+    folder, _ = run
+    result = script("visualize", f"--run={folder}", "--count=3")
+    assert result.returncode == 0, result.stderr
+    with Image.open(folder / "attention_test.png") as picture:
+        assert picture.width > 300
+
+
+def test_visualize_draws_a_persons_pictures_and_names_what_is_none(run, tmp_path):
+    folder, _ = run
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)).save(tmp_path / "wide.png")
+    Image.new("LA", (20, 50), (200, 128)).save(tmp_path / "tall.png")
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "notes.png").write_text("no picture")
+    files = [tmp_path / name for name in ("wide.png", "notes.png", "tall.png", "missing.png", "deep.png")]
+    result = script("visualize", f"--run={folder}", "--images", *files, f"--output={tmp_path / 'out.png'}")
+    assert result.returncode == 0, result.stderr
+    assert "notes.png: this is no picture that can be read" in result.stderr
+    assert "missing.png: there is no such file" in result.stderr
+    assert "wide.png: " in result.stdout
+    assert "tall.png: " in result.stdout
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width > 200
+
+
+def test_visualize_without_any_picture_fails_and_writes_nothing(run, tmp_path):
+    folder, _ = run
+    (tmp_path / "notes.png").write_text("no picture")
+    result = script(
+        "visualize", f"--run={folder}", f"--images={tmp_path / 'notes.png'}", f"--output={tmp_path / 'o.png'}"
+    )
+    assert result.returncode == 2
+    assert "None of the files is a picture" in result.stderr
+    assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "messages"),
+    [
+        ("train", ["--model=vgg_abi"], ["vgg, vgg_aib, vgg_aib_qt", "vgg_abi"]),
+        ("train", ["--dataset=mnist"], ["cluttered_digits", "cifar10", "mnist"]),
+        ("train", ["--epochs=0"], ["`epochs` must be an integer from 1 up. Received: epochs=0"]),
+        ("train", ["--epochs=many"], ["epochs", "many"]),
+        ("train", ["--widht=0.5"], ["widht", "--width", "--beta_warmup_epochs", "--output_dir"]),
+        ("train", ["--flagfile=nowhere.flags"], ["nowhere.flags"]),
+        ("train", ["--decay_at=3,x", "--schedule=steps"], ["decay_at=3,x"]),
+        ("train", ["--dataset=cifar10"], ["cifar10", "empty", "--data_dir"]),
+        ("evaluate", ["--run=nowhere"], ["There is no run in this folder", "nowhere"]),
+        ("visualize", ["--run=nowhere"], ["There is no run in this folder", "nowhere"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_a_user_gets_wrong_is_said_in_a_few_lines_and_nothing_is_written(name, arguments, messages, tmp_path):
+    output, data = tmp_path / "run", tmp_path / "empty"
+    data.mkdir()
+    where = [f"--output_dir={output}", f"--data_dir={data}"] if name == "train" else []
+    result = script(name, *where, *arguments)
+    assert result.returncode in (1, 2)
+    assert "Traceback" not in result.stderr
+    for message in messages:
+        assert message in result.stderr
+    assert not output.exists()
+
+
+def test_help_lists_every_setting():
+    result = script("train", "--help")
+    for flag in ("--model:", "--beta_warmup_epochs:", "--output_dir:", "--[no]deterministic:"):
+        assert flag in result.stdout
+
+
+def test_flagfiles_are_understood_and_say_how_they_were_run():
+    files = sorted((ROOT / "configs").glob("*.flags"))
+    assert files
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import command_line\n"
+        "from absl import flags\n"
+        "flags.DEFINE_string('output_dir', None, '')\n"
+        "command_line.define_config_flags()\n"
+        "files = sys.argv[1:]\n"
+        "for file in files:\n"
+        "    flags.FLAGS.unparse_flags()\n"
+        "    [flags.FLAGS[name].unparse() for name in command_line.config_flag_names()]\n"
+        "    flags.FLAGS(['x', '--flagfile=' + file])\n"
+        "    print(command_line.config_from_flags().resolved())\n"
+    )
+    command = [sys.executable, "-c", program, str(ROOT / "scripts"), *map(str, files)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Config(model=") == len(files)
+    for file in files:
+        header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+        text = "\n".join(header)
+        for word in ("Command:", "Hardware:", "Duration:", "Result:", file.name):
+            assert word in text, f"{file.name} does not say {word}"
