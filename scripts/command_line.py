@@ -46,7 +46,6 @@ def config_flag_names():
 def run(main):
     """Runs a script: parses the flags, calls `main(arguments)`, and turns the errors a user can mend into messages."""
     _log_to_stderr()
-    flags.adopt_module_key_flags(sys.modules[__name__])  # for --help
     app.run(lambda arguments: _guarded(main, arguments[1:]), flags_parser=_parse)
 
 

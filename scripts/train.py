@@ -12,6 +12,7 @@ from aib_tf import training
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder of the run; made if it is not there.", required=True)
 command_line.define_config_flags()
+flags.adopt_module_key_flags(command_line)  # --help lists the flags of this module
 
 
 def main(arguments):
