@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from aib_tf.layers.gaussian import loss_dtype
+from aib_tf.layers.reporting import keeps_metrics
 from aib_tf.metrics import AnchorPerplexity, AnchorsInUse
 from aib_tf.ops import nearest_anchor
 from aib_tf.ops.nearest_anchor import MAX_ANCHORS
@@ -22,8 +23,8 @@ class AnchorQuantizer(keras.layers.Layer):
     evenly spaced over [0, 1] and are kept and compared in float32 under mixed precision.
 
     Metrics, over an epoch: `codebook_loss` and `commitment_loss` (mean squared error, equal in value, without their
-    weights), `anchors_in_use` and `anchor_perplexity`. (On the JAX backend Keras does not carry metrics that a layer
-    updates in its call through `fit`; the loss terms are unaffected.)
+    weights), `anchors_in_use` and `anchor_perplexity`. (There are none on the JAX
+    backend, where Keras does not keep metrics that a layer updates in its call.)
 
     Args:
         num_anchors: Q, from 1 to 65,536. The paper finds 20 to 50 best.
@@ -54,10 +55,12 @@ class AnchorQuantizer(keras.layers.Layer):
         self.num_anchors = check_count("num_anchors", num_anchors, maximum=MAX_ANCHORS)
         self.codebook_weight = check_weight("codebook_weight", codebook_weight)
         self.commitment_weight = check_weight("commitment_weight", commitment_weight)
-        self._codebook_loss = keras.metrics.Mean(name="codebook_loss", dtype="float32")
-        self._commitment_loss = keras.metrics.Mean(name="commitment_loss", dtype="float32")
-        self._anchors_in_use = AnchorsInUse(self.num_anchors, dtype="float32")
-        self._anchor_perplexity = AnchorPerplexity(self.num_anchors, dtype="float32")
+        self._mean_losses = self._usage = ()
+        if keeps_metrics():
+            self._mean_losses = tuple(
+                keras.metrics.Mean(name=name, dtype="float32") for name in ("codebook_loss", "commitment_loss")
+            )
+            self._usage = tuple(kind(self.num_anchors, dtype="float32") for kind in (AnchorsInUse, AnchorPerplexity))
 
     def build(self, input_shape):
         """Makes the anchors."""
@@ -70,10 +73,10 @@ class AnchorQuantizer(keras.layers.Layer):
         """Returns the quantized scores and adds the two loss terms."""
         result = self.nearest(scores)
         images = ops.cast(ops.shape(result.index)[0], "float32") if len(scores.shape) else 1.0
-        self._codebook_loss.update_state(result.codebook_loss, sample_weight=images)
-        self._commitment_loss.update_state(result.commitment_loss, sample_weight=images)
-        self._anchors_in_use.update_state(result.index)
-        self._anchor_perplexity.update_state(result.index)
+        for metric in self._mean_losses:  # equal in value; they part in the gradient only
+            metric.update_state(result.codebook_loss, sample_weight=images)
+        for metric in self._usage:
+            metric.update_state(result.index)
         self.add_loss(self.codebook_weight * ops.cast(result.codebook_loss, loss_dtype()))
         self.add_loss(self.commitment_weight * ops.cast(result.commitment_loss, loss_dtype()))
         return result.quantized

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from aib_tf.layers.gaussian import loss_dtype, reparameterize, statistics_dtype, stddev_from_scores
+from aib_tf.layers.reporting import keeps_metrics
 from aib_tf.losses import check_kl_form, kl_divergence, nats_to_bits
 from aib_tf.validation import check_count, check_seed, check_weight
 
@@ -20,8 +21,8 @@ class GaussianBottleneck(keras.layers.Layer):
     in float32 under mixed precision, and sigma is at least 1e-6.
 
     The metric `rate_bits` is the mean closed-form KL in bits, without its weights, whatever `kl` is; of two bottlenecks
-    in one model Keras shows one, since metrics of one name share a place in its logs. (On the JAX
-    backend Keras does not carry metrics that a layer updates in its call through `fit`; the loss term is unaffected.)
+    in one model Keras shows one, since metrics of one name share a place in its logs. (There is none on the
+    JAX backend, where Keras does not keep metrics that a layer updates in its call.)
 
     With sigma near 0.007 at the start, the KL starts above 1,000 nats for 256 dimensions. `warmup`, a non-trainable
     scalar weight that starts at 1, scales the loss term, so that a callback can raise it from 0
@@ -81,7 +82,7 @@ class GaussianBottleneck(keras.layers.Layer):
         self._dense = keras.layers.Dense(
             2 * self.latent_dim, kernel_initializer=self.kernel_initializer, dtype=self.dtype_policy, name="statistics"
         )
-        self._rate = keras.metrics.Mean(name="rate_bits", dtype="float32")
+        self._rate = keras.metrics.Mean(name="rate_bits", dtype="float32") if keeps_metrics() else None
 
     def build(self, input_shape):
         """Builds the dense layer for inputs (B, D)."""
@@ -100,7 +101,8 @@ class GaussianBottleneck(keras.layers.Layer):
         mean, stddev = self.distribution(inputs)
         images = ops.cast(ops.shape(mean)[0], mean.dtype)
         rate = _batch_mean_bits(kl_divergence(mean, stddev), images)
-        self._rate.update_state(rate, sample_weight=images)
+        if self._rate is not None:
+            self._rate.update_state(rate, sample_weight=images)
         charged = rate
         if self.kl != "closed_form":
             charged = _batch_mean_bits(kl_divergence(mean, stddev, self.kl), images)

@@ -122,8 +122,8 @@ def _nearest_anchor(x, anchors):
     loss = ops.sum(ops.square(difference)) * scale
 
     def gradient(*upstream):
-        # TensorFlow passes the upstream gradients as arguments, JAX too; both name the outputs in order.
-        d_quantized, _, d_codebook, d_commitment = upstream
+        # One for each output: TensorFlow passes them as arguments, JAX as one tuple.
+        d_quantized, _, d_codebook, d_commitment = upstream[0] if len(upstream) == 1 else upstream
         d_x = ops.cast(d_quantized, anchors.dtype) + _weighted(d_commitment, 2.0 * scale, difference)
         per_anchor = ops.segment_sum(
             ops.reshape(-difference, (-1,)), ops.reshape(index, (-1,)), num_segments=ops.shape(anchors)[0]
