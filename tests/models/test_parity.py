@@ -132,7 +132,7 @@ def test_training_mode_loss_and_gradients_agree_with_noise_switched_off(name, kl
     with tf.GradientTape() as tape:
         logits = tf.cast(model(images, training=True), tf.float64)
         cross_entropy = aib_tf.losses.CrossEntropyBits(dtype="float64")(labels, logits)
-        loss = cross_entropy + tf.add_n(model.losses)
+        loss = cross_entropy + tf.cast(tf.add_n(model.losses), tf.float64)
     assert_close(logits, numbers["train_mean1/logits"])
     assert_close(cross_entropy * np.log(2), numbers["train_mean1/cross_entropy_nats"])
     assert_close(loss, numbers[f"train_mean1/{total}"])
