@@ -148,6 +148,7 @@ class Recorder(keras.callbacks.Callback):
     def _save(self, metrics):
         # Not the optimizer's count, which stands still when a float16 gradient overflows.
         step = self.progress.epoch * self.batches_per_epoch + self.progress.batch
+        asked_to_stop = self.stop.signal is not None
         bad = [variable.path for variable in self.model.variables if not np.isfinite(np.asarray(variable)).all()]
         if bad:
             raise NonFiniteLossError(
@@ -157,6 +158,8 @@ class Recorder(keras.callbacks.Callback):
         progress = Progress(self.progress.epoch, self.progress.batch, self.progress.rows, metrics)
         self.run.checkpoints.save(self.model, progress, step)
         self._saved = time.monotonic()
+        if asked_to_stop:
+            self.stop.saved_step = step
 
 
 class StopWhenAsked(keras.callbacks.Callback):
@@ -164,28 +167,24 @@ class StopWhenAsked(keras.callbacks.Callback):
 
     Args:
         stop: the `StopRequest`.
-        progress: the `Progress` that a `Recorder` keeps current.
-        batches_per_epoch: batches in a whole epoch.
     """
 
-    def __init__(self, stop, progress, batches_per_epoch):
+    def __init__(self, stop):
         super().__init__()
         self.stop = stop
-        self.progress = progress
-        self.batches_per_epoch = batches_per_epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.progress.batch < self.batches_per_epoch:  # else the epoch is about to end, and to be saved
-            self._raise_if_asked()
+        self._raise_if_saved()
 
     def on_epoch_end(self, epoch, logs=None):
-        self._raise_if_asked()
+        self._raise_if_saved()
 
-    def _raise_if_asked(self):
-        if self.stop.signal:
-            step = self.progress.epoch * self.batches_per_epoch + self.progress.batch
+    def _raise_if_saved(self):
+        # Not at once when the signal came: it may have come after the `Recorder` looked for it.
+        if self.stop.saved_step is not None:
             raise TrainingInterrupted(
-                f"Stopped by {self.stop.signal} at step {step}; the state is saved. The same command continues."
+                f"Stopped by {self.stop.signal} at step {self.stop.saved_step}; the state is saved. The same command "
+                "continues."
             )
 
 
@@ -194,12 +193,14 @@ class StopRequest:
 
     Attributes:
         signal: name of the signal that came, or None.
+        saved_step: the step whose state was saved in answer to it, or None.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
         self.signal = None
+        self.saved_step = None
         self._previous = {}
 
     def listen(self):

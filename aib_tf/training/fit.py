@@ -136,7 +136,7 @@ def _train(model, config, info, run, progress, batches, verbose):
         StopAtNonFinite(),
         Recorder(run, progress, batches, _MONITOR, learning_rate, stop),
         TensorBoardLogs(run.tensorboard_folder, pictures, data.normalize_images(pictures, info), progress.rows),
-        StopWhenAsked(stop, progress, batches),
+        StopWhenAsked(stop),
     ]
     iterator = stream
     stop.listen()
