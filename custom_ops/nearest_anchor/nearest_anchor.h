@@ -31,8 +31,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <string>
-#include <vector>
 
 #if defined(__CUDACC__)
 #define AIB_TF_HOST_DEVICE __host__ __device__
@@ -108,6 +106,10 @@ template <typename A>
 AIB_TF_HOST_DEVICE inline A Distance(A x, A anchor) {
   return x < anchor ? anchor - x : x - anchor;
 }
+
+// A constant, which device code can use where it cannot call std::numeric_limits.
+template <typename A>
+constexpr A kLargestNumber = std::numeric_limits<A>::max();
 
 // 2^21 for float, 2^50 for double. A rounded distance to an anchor tells it from its neighbour, d further away, at
 // least up to a distance of d * kReach: there, the spacing of the floating-point numbers is below d.
@@ -287,24 +289,24 @@ AIB_TF_HOST_DEVICE inline A Least(A a, A b) {
 }
 
 // The range [low, high] in which thresholds alone decide, as far as `slot` and the one before it limit it. The range of
-// a table is what all slots from 0 to count leave of each other's; it can be empty. No distance in it is so large that it
-// overflows, for then all anchors would be equally near.
+// a table is what all slots from 0 to count leave of each other's; it can be empty. No distance in it overflows, since
+// then all anchors would be equally near.
 template <typename A>
 AIB_TF_HOST_DEVICE inline void ReliableRange(const A* values, int count, int slot, A* low, A* high) {
-  constexpr A kMost = std::numeric_limits<A>::max();
   const A reach = Reach<A>();
-  *low = -kMost;
-  *high = kMost;
+  *low = -kLargestNumber<A>;
+  *high = kLargestNumber<A>;
   if (slot == 0) {  // below all anchors
     const int second = FirstSlotAbove(values[0], values, count);
-    if (second < count) *low = values[0] - Least((values[second] - values[0]) * reach, kMost / 2);
-    if (*low < -kMost) *low = -kMost;
+    if (second < count) *low = values[0] - Least((values[second] - values[0]) * reach, kLargestNumber<A> / 2);
+    if (*low < -kLargestNumber<A>) *low = -kLargestNumber<A>;
     return;
   }
   if (slot == count) {  // above all anchors
     const int first = FirstSlotOf(values[count - 1], values, count);
-    if (first > 0) *high = values[count - 1] + Least((values[count - 1] - values[first - 1]) * reach, kMost / 2);
-    if (*high > kMost) *high = kMost;
+    const A gap = first > 0 ? values[count - 1] - values[first - 1] : 0;
+    if (first > 0) *high = values[count - 1] + Least(gap * reach, kLargestNumber<A> / 2);
+    if (*high > kLargestNumber<A>) *high = kLargestNumber<A>;
     return;
   }
   const A below = values[slot - 1], above = values[slot];
@@ -312,7 +314,7 @@ AIB_TF_HOST_DEVICE inline void ReliableRange(const A* values, int count, int slo
   const int first = FirstSlotOf(below, values, slot);
   const int after = FirstSlotAbove(above, values, count);
   const A gap = above - below;
-  const bool reliable = gap <= kMost && (first == 0 || (below - values[first - 1]) * reach >= gap) &&
+  const bool reliable = gap <= kLargestNumber<A> && (first == 0 || (below - values[first - 1]) * reach >= gap) &&
                         (after == count || (values[after] - above) * reach >= gap);
   if (reliable) return;
   // Gaps that are too wide beside their neighbours are far from zero, where floating-point numbers are far apart, or
@@ -322,57 +324,9 @@ AIB_TF_HOST_DEVICE inline void ReliableRange(const A* values, int count, int slo
   } else if (above <= 0) {
     *low = above;
   } else {
-    *low = kMost;
-    *high = -kMost;
+    *low = kLargestNumber<A>;
+    *high = -kLargestNumber<A>;
   }
-}
-
-// What is wrong with the arguments, in the same words wherever they are checked, or "" when nothing is.
-
-// (3,) for one dimension, (1, ?) where the size of one is not known, as Python writes shapes.
-inline std::string ShapeText(const std::vector<int64_t>& shape) {
-  std::string text = "(";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    if (i > 0) text += ", ";
-    text += shape[i] < 0 ? std::string("?") : std::to_string(shape[i]);
-  }
-  return text + (shape.size() == 1 ? ",)" : ")");
-}
-
-// `shape` has -1 for a size that is not known.
-inline std::string ProblemOfAnchorShape(const std::vector<int64_t>& shape) {
-  if (shape.size() != 1) {
-    return "`anchors` must be a vector (Q,). Received: anchors.shape=" + ShapeText(shape);
-  }
-  if (shape[0] == 0 || shape[0] > kMaxAnchors) {
-    return "`anchors` must have 1 to " + std::to_string(kMaxAnchors) +
-           " elements. Received: anchors.shape=" + ShapeText(shape);
-  }
-  return "";
-}
-
-// The types by their names in NumPy and TensorFlow: "float16", "bfloat16", "float32", "float64".
-inline std::string ProblemOfTypes(const std::string& x, const std::string& anchors) {
-  if (x != "float16" && x != "bfloat16" && x != "float32" && x != "float64") {
-    return "`x` must be one of float16, bfloat16, float32, float64. Received: x.dtype=" + x;
-  }
-  const std::string expected = x == "float64" ? "float64" : "float32";
-  if (anchors != expected) {
-    return "`anchors` must be " + expected + " when `x` is " + x + "; cast one of them. Received: anchors.dtype=" +
-           anchors;
-  }
-  return "";
-}
-
-template <typename A>
-inline std::string ProblemOfAnchorValues(const A* anchors, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) {
-    if (!IsFinite(anchors[k])) {
-      const char* value = anchors[k] != anchors[k] ? "nan" : anchors[k] > 0 ? "inf" : "-inf";
-      return "`anchors` must be finite. Received: anchors[" + std::to_string(k) + "]=" + value;
-    }
-  }
-  return "";
 }
 
 }  // namespace aib_tf

@@ -85,8 +85,9 @@ double QuantizeChunk(const HostAnchorTable<A>& table, const T* x, int64_t n, T* 
   return sum;
 }
 
-// One chunk of the gradient. d_x is d_quantized, plus factor * difference if the commitment loss `moves_x`. Adds the sum
-// of -difference for each anchor to sums[0, Q), unless sums is null. Returns the position of an index out of range, or -1.
+// One chunk of the gradient: d_x is d_quantized, plus factor * difference if the commitment loss `moves_x`; the sum of
+// -difference for each anchor is added to sums[0, Q), unless sums is null. Returns the position of an index out of
+// range, or -1.
 template <typename T, typename A>
 int64_t GradientOfChunk(const T* x, int64_t n, const A* anchors, int num_anchors, const int32_t* index,
                         const T* d_quantized, bool moves_x, A factor, T* d_x, double* sums) {

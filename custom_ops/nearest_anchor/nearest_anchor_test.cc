@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "nearest_anchor.h"
+#include "nearest_anchor_arguments.h"
 #include "nearest_anchor_kernel.h"
 
 namespace aib_tf {
