@@ -6,6 +6,8 @@
 # PYTEST_ARGS  further arguments of pytest, e.g. PYTEST_ARGS="-k quantizer"
 # CONFIG, RUN  what `make train` trains and where it writes; `make evaluate` reads RUN
 # UPGRADE      UPGRADE=--upgrade lets `make lock` take newer versions
+# BAZEL, BAZEL_ARGS  e.g. BAZEL="bazel --output_user_root=DIR"; BAZEL_ARGS= lets a current Bazel download its rules
+# CXX, AIB_TF_CUDA, ...  what the ops are compiled with; custom_ops/compile.py lists them
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +16,8 @@ PYTEST_ARGS ?=
 CONFIG ?= configs/digits_aib_qt.flags
 RUN ?= runs/digits
 UPGRADE ?=
+BAZEL ?= bazel
+BAZEL_ARGS ?= --config=offline
 
 LOCK ?= requirements/lock.txt
 NEWEST_PYTHON ?= 13
@@ -26,17 +30,21 @@ pip := $(python) -m pip --disable-pip-version-check -qq
 uv := $(python) -m uv pip compile --quiet --universal --python-version 3.10 \
 	--custom-compile-command "make lock" $(UPGRADE)
 # The processes share the cores, so that each computes on one.
-pytest := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
-	$(python) -m pytest -n $(WORKERS) --dist=loadfile
+one_thread := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
+pytest := $(one_thread) $(python) -m pytest -n $(WORKERS) --dist=loadfile
+
+compiled := aib_tf/ops/_build.json
+compiled_for := $(VENV) $(AIB_TF_CUDA) $(AIB_TF_CUDA_ARCHITECTURES)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup train evaluate test test-backends test-versions lint format lock benchmark clean
+.PHONY: help setup train evaluate test test-backends test-bazel test-native test-versions test-wheel
+.PHONY: lint format lock benchmark clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile \
 		| while IFS=@ read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
 
-setup: $(VENV)/.ready ## create .venv with the locked packages and this one; nothing to do when it is there
+setup: $(VENV)/.ready $(compiled) ## create .venv with the locked packages and this one; nothing to do when it is there
 
 # The two stamps are written last, so that an interrupted set-up starts over.
 $(VENV)/.packages: $(LOCK)
@@ -51,7 +59,20 @@ $(VENV)/.packages: $(LOCK)
 	@$(pip) install -r $(LOCK)
 	@touch "$@"
 
-$(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py aib_tf/__init__.py
+# It lies beside the sources, for one environment at a time.
+ifneq ($(shell cat .build/compiled-for 2>/dev/null),$(compiled_for))
+.PHONY: $(compiled)
+endif
+# A compiler that refuses is as good as none, until tests are to run.
+test test-backends test-wheel: strict := --strict
+$(compiled): $(VENV)/.packages custom_ops/compile.py $(wildcard custom_ops/*/*.h custom_ops/*/*.cc)
+	@echo "Compiling custom_ops/ for the TensorFlow in $(VENV): about a minute"
+	@$(python) custom_ops/compile.py --output=aib_tf/ops $(strict)
+	@mkdir -p .build && echo "$(compiled_for)" >.build/compiled-for
+	@touch "$@"
+
+# An editable install compiles as well, and has nothing to do after it.
+$(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py aib_tf/__init__.py | $(compiled)
 	@echo "Installing aib_tf into $(VENV), as a link to this folder"
 	@$(pip) install --no-deps --no-build-isolation --editable .
 	@touch "$@"
@@ -79,6 +100,39 @@ test-backends: setup $(VENV)/jax/.ready ## run the conformance tests on the JAX 
 	@echo "Running the conformance tests on JAX"
 	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu PYTHONPATH="$$(cd "$(VENV)/jax" && pwd)" \
 		$(pytest) tests/test_conformance.py $(PYTEST_ARGS)
+
+test-bazel: $(VENV)/.packages ## build the ops with Bazel and run their tests on what it built
+	@command -v $(firstword $(BAZEL)) >/dev/null || { echo "make: there is no Bazel; install it (Debian:" \
+		"apt-get install bazel-bootstrap) or name one with BAZEL=/path/to/bazel" >&2; exit 1; }
+	@echo "Building and testing the ops with Bazel"
+	@PYTHON_BIN_PATH="$$(cd "$(VENV)/bin" && pwd)/python" $(BAZEL) test $(BAZEL_ARGS) //...
+
+test-native: $(VENV)/.packages ## run the C++ tests, also with sanitizers, on each instruction set of this processor
+	@echo "Compiling and running the C++ tests"
+	@$(python) custom_ops/compile.py --tests --output=.build/native
+	@$(python) custom_ops/compile.py --tests --output=.build/sanitized --sanitize=address,undefined
+	@set -e; for folder in native sanitized; do for instructions in baseline avx2 avx512; do \
+		AIB_TF_CPU=$$instructions .build/$$folder/nearest_anchor_test; done; \
+		.build/$$folder/nearest_anchor_cuda_test; done
+
+# From the source archive, so that what is missing there shows. The environment sees the packages of $(VENV), but not
+# the link to this folder, and the tests run in a folder that has nothing else of it.
+test-wheel: setup ## build a wheel, install it in an environment of its own and test it there
+	@echo "Building a wheel from the source archive, and testing it in .build/wheel: three minutes"
+	@rm -rf .build/wheel
+	@mkdir -p .build/wheel
+	@$(python) setup.py -q sdist --dist-dir .build/wheel
+	@$(pip) wheel --no-cache-dir --no-deps --wheel-dir .build/wheel .build/wheel/*.tar.gz
+	@$(python) -m venv --without-pip .build/wheel/venv
+	@$(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$(echo .build/wheel/venv/lib/python*/site-packages)/packages.pth"
+	@$(python) -m pip --python .build/wheel/venv/bin/python -qq install --no-deps --ignore-installed .build/wheel/*.whl
+	@cp -R pyproject.toml tests .build/wheel
+	@cd .build/wheel && export AIB_TF_OPS=custom && venv/bin/python -c 'import sys, aib_tf; \
+		print(aib_tf.__file__, aib_tf.ops.implementation()); \
+		sys.exit(not aib_tf.__file__.startswith(sys.prefix))' \
+		&& $(one_thread) venv/bin/python -m pytest -n $(WORKERS) --dist=loadfile \
+		tests/ops tests/layers/test_anchor_quantizer.py $(PYTEST_ARGS)
 
 test-versions: ## run the tests with the oldest versions that are supported (Python 3.10 to 3.12)
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest LOCK=requirements/oldest.txt NEWEST_PYTHON=12
@@ -110,4 +164,6 @@ benchmark: setup ## measure the input pipeline
 clean: ## remove what these commands installed or cached; trained models stay
 	@echo "Removing environments, builds and caches"
 	@rm -rf "$(VENV)" "$(VENV)-oldest" .build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
-	@find aib_tf benchmarks scripts tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	@if [ -L bazel-out ]; then $(BAZEL) clean --expunge; fi
+	@rm -f aib_tf/ops/_build.json aib_tf/ops/*.so aib_tf/ops/*.partial
+	@find aib_tf benchmarks custom_ops scripts tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -111,6 +111,14 @@ def test_lock_satisfies_what_is_declared(lock):
             )
 
 
+def test_build_requirements_are_development_requirements_too():
+    """So that the package builds with `--no-build-isolation` in an environment made from a lock."""
+    declared = {canonicalize_name(requirement.name): requirement for requirement in DEVELOPMENT}
+    for requirement in map(Requirement, PROJECT["build-system"]["requires"]):
+        (bound,) = declared[canonicalize_name(requirement.name)].specifier
+        assert requirement.specifier.contains(bound.version)
+
+
 def test_oldest_lock_has_the_lower_bound_of_every_runtime_dependency():
     for minor in PYTHONS_OF_LOCK["oldest.txt"]:
         pinned = pins("oldest.txt", minor)
