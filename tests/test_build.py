@@ -143,6 +143,7 @@ def test_only_what_changed_is_compiled_again(toolchain):
     everything = compiled_after(lambda: None)
     assert compiled_after(lambda: None) == []
     assert compiled_after(edit("nearest_anchor_op.cc")) == ["op.cc"]
+    assert compiled_after(edit("nearest_anchor_loops.h")) == ["kernel.cc"]
     assert compiled_after(edit("nearest_anchor.h")) == everything
     assert compiled_after(lambda: toolchain.use_tensorflow("2.20.0")) == ["op.cc", "xla.cc"]
     assert compiled_after(lambda: toolchain.use_compiler("2.0")) == everything
@@ -312,22 +313,29 @@ def test_other_settings_are_refused(toolchain, setting, message):
 
 
 def test_c_plus_plus_tests_share_the_kernel_with_the_library_unless_sanitized(toolchain):
+    def commands(folder, *arguments):
+        toolchain.log.unlink(missing_ok=True)
+        toolchain.compile.build_tests(toolchain.folder / folder, *arguments)
+        assert sorted(path.name for path in (toolchain.folder / folder).iterdir()) == [
+            "nearest_anchor_cuda_test",
+            "nearest_anchor_test",
+        ]
+        return toolchain.log.read_text(encoding="utf-8").splitlines()
+
     toolchain.build()
-    toolchain.log.unlink()
-    toolchain.compile.build_tests(toolchain.folder / "plain")
-    plain = toolchain.log.read_text(encoding="utf-8")
-    assert "-c custom_ops/nearest_anchor/nearest_anchor_test.cc" in plain
-    assert "-c custom_ops/nearest_anchor/nearest_anchor_kernel.cc" not in plain
-    toolchain.compile.build_tests(toolchain.folder / "sanitized", "address,undefined")
-    sanitized = toolchain.log.read_text(encoding="utf-8")[len(plain) :].splitlines()
-    assert len(sanitized) == 3
-    for line in sanitized:
-        assert "-fsanitize=address,undefined" in line
-    assert (toolchain.folder / "sanitized" / "nearest_anchor_test").exists()
-    toolchain.refuse("nearest_anchor_test.cc")
+    plain = commands("plain")
+    assert not any("-c custom_ops/nearest_anchor/nearest_anchor_kernel.cc" in command for command in plain)
+    sanitized = commands("sanitized", "address,undefined")
+    assert len(sanitized) == 5
+    assert all("-fsanitize=address,undefined" in command for command in sanitized)
+    toolchain.use_nvcc()
+    on_device = [command for command in commands("device", "", "1") if "cuda_test" in command]
+    assert ["-gencode" in command for command in on_device] == [True, False]
+    assert "libcudart_static.a" in on_device[1]
     toolchain.use_compiler("2.0")
+    toolchain.refuse("nearest_anchor_test.cc")
     with pytest.raises(toolchain.compile.CompilerError, match="nearest_anchor_test"):
-        toolchain.compile.build_tests(toolchain.folder / "plain")
+        commands("plain")
 
 
 @pytest.mark.parametrize(

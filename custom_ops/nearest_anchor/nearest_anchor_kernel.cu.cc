@@ -175,8 +175,8 @@ __device__ inline int Valid(int begin, int end, int count) {
   return left >= count ? count : left > 0 ? left : 0;
 }
 
-// Combines one value of each thread, always in the same order; every thread gets the result. The block has a power of
-// two of threads, `shared` one place for each.
+// Combines one value of each thread, always in the same order; the first thread gets the result. The block has a power
+// of two of threads, `shared` one place for each.
 template <typename V, typename Combine>
 __device__ inline V Reduce(V value, V* shared, Combine combine) {
   shared[threadIdx.x] = value;
@@ -185,9 +185,7 @@ __device__ inline V Reduce(V value, V* shared, Combine combine) {
     if (threadIdx.x < half) shared[threadIdx.x] = combine(shared[threadIdx.x], shared[threadIdx.x + half]);
     __syncthreads();
   }
-  const V result = shared[0];
-  __syncthreads();
-  return result;
+  return shared[0];
 }
 
 template <typename A>
@@ -730,7 +728,9 @@ __device__ inline void AddToRows(const int (&row)[count], const double (&value)[
   const int lane = threadIdx.x % kWarp;
   if (columns > 1) {
     double* const column = sums + lane % columns;
-#pragma unroll 1
+#if defined(__CUDACC__)
+#pragma unroll 1  // or the places of the sums would be computed again in each turn
+#endif
     for (int turn = 0; turn < kWarp / columns; ++turn) {
       if (lane / columns == turn) {
         // Two at a time, both loaded before one is stored: that halves the wait for the memory.

@@ -15,6 +15,14 @@
 #include "absl/status/statusor.h"
 #include "nearest_anchor.h"
 #include "nearest_anchor_arguments.h"
+#include "tensorflow/core/public/version.h"
+#if TF_MAJOR_VERSION == 2 && TF_MINOR_VERSION == 19
+// This package of TensorFlow lacks an LLVM header for a class that its other headers name, and nothing here uses.
+#define XLA_STREAM_EXECUTOR_GPU_TMA_METADATA_H_
+namespace stream_executor::gpu {
+class TmaDescriptor {};
+}  // namespace stream_executor::gpu
+#endif
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "tensorflow/core/framework/op_kernel.h"
