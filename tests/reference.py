@@ -19,6 +19,16 @@ def nearest_index(x, anchors):
     return index
 
 
+def boundary_values(anchors):
+    """At each anchor, each midpoint, one step to either side, beyond both ends, NaN and the infinities."""
+    ordered = np.sort(anchors)
+    exact = np.concatenate([ordered, ordered[1:] / 2 + ordered[:-1] / 2])
+    beside = [np.nextafter(exact, np.inf), np.nextafter(exact, -np.inf)]
+    largest = np.finfo(anchors.dtype).max
+    ends = [ordered[0] - 1, ordered[-1] + 1, 1e8, -1e8, largest, -largest, 0.0, -0.0, np.nan, np.inf, -np.inf]
+    return np.concatenate([exact, *beside, np.asarray(ends, anchors.dtype)])
+
+
 def nearest_anchor_gradients(x, anchors, d_quantized, d_codebook, d_commitment):
     """The straight-through gradients of nearest_anchor, in float64."""
     x64, anchors64 = np.asarray(x, np.float64), np.asarray(anchors, np.float64)

@@ -58,15 +58,6 @@ ANCHORS = {
 }
 
 
-def boundary_values(anchors):
-    """At each anchor, each midpoint, one step to either side, beyond both ends, NaN and the infinities."""
-    ordered = np.sort(anchors)
-    exact = np.concatenate([ordered, (ordered[1:] + ordered[:-1]) / 2])
-    beside = [np.nextafter(exact, np.inf), np.nextafter(exact, -np.inf)]
-    ends = [ordered[0] - 1, ordered[-1] + 1, 1e8, -1e8, 3e38, 0.0, -0.0, np.nan, np.inf, -np.inf]
-    return np.concatenate([exact, *beside, np.asarray(ends, anchors.dtype)])
-
-
 @pytest.fixture(params=ANCHORS)
 def anchors(request):
     return np.asarray(ANCHORS[request.param], np.float32)
@@ -74,7 +65,7 @@ def anchors(request):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_boundary_value_goes_where_argmin_says(anchors, way, path):
-    x = boundary_values(anchors)
+    x = reference.boundary_values(anchors)
     result = WAYS[way](nearest_anchor)(x, anchors)
     expected = reference.nearest_index(x, anchors)
     np.testing.assert_array_equal(result.index, expected)
@@ -198,7 +189,7 @@ def test_both_paths_give_the_same_bits(dtype, way):
     arithmetic = "float64" if dtype == "float64" else "float32"
     for name, values in ANCHORS.items():
         anchors = np.asarray(values, arithmetic)
-        x = np.concatenate([boundary_values(anchors), np.random.default_rng(5).normal(0.5, 1, 5000)])
+        x = np.concatenate([reference.boundary_values(anchors), np.random.default_rng(5).normal(0.5, 1, 5000)])
         with np.errstate(over="ignore"):
             x = x.astype(DTYPES[dtype])
         x = tf.constant(x[np.isfinite(x.astype("float64")) & (np.abs(x.astype("float64")) < 1e15)])
