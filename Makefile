@@ -157,9 +157,11 @@ lock: setup ## write the exact versions of requirements/ from pyproject.toml
 		--no-emit-package opt-einsum --no-emit-package scipy \
 		--output-file requirements/jax.txt >/dev/null
 
-benchmark: setup ## measure the input pipeline
+benchmark: setup ## measure the input pipeline and the compiled op
 	@echo "Measuring the input pipeline"
 	@$(python) benchmarks/pipeline.py
+	@echo "Measuring the compiled op"
+	@$(python) benchmarks/nearest_anchor.py
 
 clean: ## remove what these commands installed or cached; trained models stay
 	@echo "Removing environments, builds and caches"

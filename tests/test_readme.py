@@ -21,7 +21,17 @@ def test_python_examples_run_in_the_order_of_the_page(tmp_path, monkeypatch, cap
     assert "[0.  0.5 1. ]" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/results/README.md"])
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "custom_ops/README.md",
+    "docs/method.md",
+    "docs/results/README.md",
+    "docs/results/nearest_anchor.md",
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_names_exists(page):
     text = (ROOT / page).read_text()
     makefile = (ROOT / "Makefile").read_text()
