@@ -3,7 +3,7 @@
     python benchmarks/nearest_anchor_pytorch.py FOLDER
 
 Reads FOLDER/case.npz, writes FOLDER/result.npz, and then answers each line "forward" or "training" with the seconds
-that one call took.
+that a call takes.
 """
 
 import sys
@@ -48,9 +48,14 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         function = {"forward": forward, "training": training}[line.strip()]
+        # As the other rivals are measured: the mean of as many calls as take 10 ms. The first one wakes the threads.
         begin = time.perf_counter()
         function()
-        print(time.perf_counter() - begin, flush=True)
+        calls = max(1, round(0.01 / (time.perf_counter() - begin)))
+        begin = time.perf_counter()
+        for _ in range(calls):
+            function()
+        print((time.perf_counter() - begin) / calls, flush=True)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,21 @@ def test_a_process_survives_what_it_should_not_open(damage, tmp_path):
     assert "2.0.0" in reason or "damaged" in reason
 
 
+LATE = """
+import tensorflow as tf
+tf.function(lambda x: x + 1, jit_compile=True)(tf.constant(1.0))  # TensorFlow makes the kernels of XLA here
+import aib_tf
+print(tf.function(aib_tf.ops.nearest_anchor, jit_compile=True)([0.1, 0.9], [0.0, 1.0]).index.numpy().tolist())
+"""
+
+
+@needs_library
+def test_xla_knows_an_op_that_is_loaded_after_its_first_use():
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[0, 1]"
+
+
 EXPORT = """
 import sys
 import keras, numpy as np, aib_tf
