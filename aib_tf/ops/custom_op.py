@@ -108,7 +108,7 @@ def _problem():
         built, file = build["library"], None
         if built is not None:
             file = _BUILD_FILE.with_name(built["file"])
-            size, checksum, built_for = built["size"], built["sha256"], build["tensorflow"]
+            size, checksum, built_for = built["size"], built["sha256"], dict(build["tensorflow"])
     except FileNotFoundError:
         return "The compiled op was not built.", False
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -121,9 +121,9 @@ def _problem():
         "cxx11_abi": tf.sysconfig.CXX11_ABI_FLAG,
     }
     if built_for != running:
-        differing = [name for name in running if (built_for or {}).get(name) != running[name]]
+        differing = [name for name in running if built_for.get(name) != running[name]]
         here = ", ".join(f"{name} {running[name]}" for name in differing)
-        there = ", ".join(f"{name} {(built_for or {}).get(name)}" for name in differing)
+        there = ", ".join(f"{name} {built_for.get(name)}" for name in differing)
         return f"The compiled op was built for TensorFlow {there}, and this one is {here}. {_REBUILD}", True
     try:
         content = file.read_bytes()

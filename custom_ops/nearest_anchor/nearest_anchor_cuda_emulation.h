@@ -14,6 +14,11 @@
 #ifndef AIB_TF_CUSTOM_OPS_NEAREST_ANCHOR_NEAREST_ANCHOR_CUDA_EMULATION_H_
 #define AIB_TF_CUSTOM_OPS_NEAREST_ANCHOR_NEAREST_ANCHOR_CUDA_EMULATION_H_
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 does not see that arrays are filled by loops of a fixed length before they are read.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include <ucontext.h>
 
 #include <cstddef>

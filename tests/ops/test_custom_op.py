@@ -85,7 +85,10 @@ def test_a_damaged_library_stays_closed(build, damage, monkeypatch):
     assert "pip install" in messages[0]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"library": {}}', '{"library": 3}', "\0"])
+NO_TENSORFLOW = '{"library": {"file": "x", "size": 1, "sha256": ""}, "tensorflow": "2.21"}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"library": {}}', '{"library": 3}', "\0", NO_TENSORFLOW])
 def test_a_damaged_description_of_the_build_is_no_reason_to_fail(build, content):
     (build() / "_build.json").write_text(content)
     library, messages = find()
