@@ -37,7 +37,7 @@ compiled := aib_tf/ops/_build.json
 compiled_for := $(VENV) $(AIB_TF_CUDA) $(AIB_TF_CUDA_ARCHITECTURES)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup train evaluate test test-backends test-bazel test-native test-versions test-wheel
+.PHONY: help setup train evaluate test test-backends test-bazel test-large test-native test-versions test-wheel
 .PHONY: lint format lock benchmark clean
 
 help: ## list the commands
@@ -114,6 +114,10 @@ test-native: $(VENV)/.packages ## run the C++ tests, also with sanitizers, on ea
 	@set -e; for folder in native sanitized; do for instructions in baseline avx2 avx512; do \
 		AIB_TF_CPU=$$instructions .build/$$folder/nearest_anchor_test; done; \
 		.build/$$folder/nearest_anchor_cuda_test; done
+
+test-large: $(VENV)/.packages ## run the C++ tests with more than 2^31 elements, for which they need 17 GB of memory
+	@$(python) custom_ops/compile.py --tests --output=.build/native
+	@.build/native/nearest_anchor_test --large
 
 # From the source archive, so that what is missing there shows. The environment sees the packages of $(VENV), but not
 # the link to this folder, and the tests run in a folder that has nothing else of it.
