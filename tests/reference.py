@@ -1,6 +1,20 @@
 """The mathematics in plain NumPy and float64, written from the formulas, not from the library."""
 
+import ml_dtypes
 import numpy as np
+
+# What nearest_anchor is tested with.
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
+ANCHORS = {
+    "one": [0.25],
+    "two": [0.0, 1.0],
+    "evenly spaced": np.linspace(0, 1, 20),
+    "unsorted": [0.7, -2.0, 0.1, 3.0, 0.5],
+    "duplicates": [0.5, 0.25, 0.5, 0.0, 0.25, 0.25],
+    "all the same": [0.5] * 7,
+    "many": np.random.default_rng(0).normal(0.5, 1, 1000),
+    "wide": [-1e30, 1e30, 0.0, 1.0],
+}
 
 
 def nearest_index(x, anchors):

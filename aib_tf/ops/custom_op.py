@@ -80,10 +80,10 @@ def _library():
     if backend != "tensorflow":
         problem = f"The compiled op is for the TensorFlow backend of Keras, and the backend is {backend}."
         return _without_op(problem, choice)
-    problem, is_unexpected = _problem()
-    if problem is None:
+    file, problem, is_unexpected = _find()
+    if file is not None:
         try:
-            ops = _open()
+            ops = _open(file)
         except Exception as error:  # whatever keeps a library from loading, the pure path does not need it
             problem, is_unexpected = f"The compiled op does not load ({error}). {_REBUILD}", True
         else:
@@ -99,8 +99,8 @@ def _without_op(problem, choice):
     return Library(Implementation(keras.config.backend(), f"{problem} The pure path, in keras.ops, takes its place."))
 
 
-def _problem():
-    """Returns why the library is not to be opened, or None, and whether that is worth a warning."""
+def _find():
+    """Returns the library, or None, why it is not to be opened, and whether that is worth a warning."""
     import tensorflow as tf
 
     try:
@@ -110,11 +110,11 @@ def _problem():
             file = _BUILD_FILE.with_name(built["file"])
             size, checksum, built_for = built["size"], built["sha256"], dict(build["tensorflow"])
     except FileNotFoundError:
-        return "The compiled op was not built.", False
+        return None, "The compiled op was not built.", False
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{_BUILD_FILE} is damaged ({error!r}). {_REBUILD}", True
+        return None, f"{_BUILD_FILE} is damaged ({error!r}). {_REBUILD}", True
     if file is None:
-        return f"The compiled op was not built. {build.get('problem') or ''}".strip(), False
+        return None, f"The compiled op was not built. {build.get('problem') or ''}".strip(), False
     running = {
         "version": tf.version.VERSION,
         "git_version": tf.version.GIT_VERSION,
@@ -124,23 +124,22 @@ def _problem():
         differing = [name for name in running if built_for.get(name) != running[name]]
         here = ", ".join(f"{name} {running[name]}" for name in differing)
         there = ", ".join(f"{name} {built_for.get(name)}" for name in differing)
-        return f"The compiled op was built for TensorFlow {there}, and this one is {here}. {_REBUILD}", True
+        return None, f"The compiled op was built for TensorFlow {there}, and this one is {here}. {_REBUILD}", True
     try:
         content = file.read_bytes()
     except OSError as error:
-        return f"The compiled op cannot be read ({error}). {_REBUILD}", True
+        return None, f"The compiled op cannot be read ({error}). {_REBUILD}", True
     if len(content) != size or hashlib.sha256(content).hexdigest() != checksum:
-        return f"{file} is damaged: its checksum is not the one of the build. {_REBUILD}", True
+        return None, f"{file} is damaged: its checksum is not the one of the build. {_REBUILD}", True
     if tf.config.list_physical_devices("GPU") and not build.get("cuda"):
-        return "TensorFlow uses a GPU, and the compiled op was built without CUDA.", False
-    return None, False
+        return None, "TensorFlow uses a GPU, and the compiled op was built without CUDA.", False
+    return file, None, False
 
 
-def _open():
+def _open(file):
     """Opens the library and gives its op a gradient. Returns the op and the gradient op."""
     import tensorflow as tf
 
-    file = _BUILD_FILE.with_name(json.loads(_BUILD_FILE.read_text(encoding="utf-8"))["library"]["file"])
     ops = tf.load_op_library(str(file))
 
     def gradient(op, d_quantized, _, d_codebook_loss, d_commitment_loss):

@@ -11,6 +11,7 @@
 #include "nearest_anchor.h"
 #include "nearest_anchor_arguments.h"
 #include "nearest_anchor_kernel.h"
+#include "nearest_anchor_status.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -24,7 +25,6 @@
 namespace aib_tf {
 namespace {
 
-using tensorflow::DataType;
 using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
@@ -36,30 +36,15 @@ using tensorflow::shape_inference::ShapeHandle;
 
 // ------------------------------------------------------------------------------------------------ checking arguments
 
-// The name that Python knows a type by.
-std::string TypeName(DataType type) {
-  return type == tensorflow::DT_HALF     ? "float16"
-         : type == tensorflow::DT_FLOAT  ? "float32"
-         : type == tensorflow::DT_DOUBLE ? "float64"
-                                         : tensorflow::DataTypeString(type);
-}
-
 std::vector<int64_t> Sizes(const TensorShape& shape) {
   std::vector<int64_t> sizes;
   for (int i = 0; i < shape.dims(); ++i) sizes.push_back(shape.dim_size(i));
   return sizes;
 }
 
-absl::Status AsStatus(const std::string& problem) {
-  return problem.empty() ? absl::OkStatus() : absl::InvalidArgumentError(problem);
-}
-
 // The types and what is known of the shape of anchors. Where the rank is not known, nothing is wrong yet.
 absl::Status CheckStatically(InferenceContext* context) {
-  DataType x_type, anchors_type;
-  TF_RETURN_IF_ERROR(context->GetAttr("T", &x_type));
-  TF_RETURN_IF_ERROR(context->GetAttr("A", &anchors_type));
-  TF_RETURN_IF_ERROR(AsStatus(ProblemOfTypes(TypeName(x_type), TypeName(anchors_type))));
+  TF_RETURN_IF_ERROR(CheckTypes(context));
   const ShapeHandle anchors = context->input(1);
   if (!context->RankKnown(anchors)) return absl::OkStatus();
   std::vector<int64_t> sizes;
@@ -180,10 +165,7 @@ class NearestAnchorOpBase : public OpKernel {
   using A = std::conditional_t<std::is_same<T, double>::value, double, float>;
 
   explicit NearestAnchorOpBase(OpKernelConstruction* construction) : OpKernel(construction) {
-    DataType x_type, anchors_type;
-    OP_REQUIRES_OK(construction, construction->GetAttr("T", &x_type));
-    OP_REQUIRES_OK(construction, construction->GetAttr("A", &anchors_type));
-    OP_REQUIRES_OK(construction, AsStatus(ProblemOfTypes(TypeName(x_type), TypeName(anchors_type))));
+    OP_REQUIRES_OK(construction, CheckTypes(construction));
   }
 };
 

@@ -23,6 +23,7 @@ namespace stream_executor::gpu {
 class TmaDescriptor {};
 }  // namespace stream_executor::gpu
 #endif
+#include "nearest_anchor_status.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -47,7 +48,6 @@ class TmaDescriptor {};
 namespace aib_tf {
 namespace {
 
-using tensorflow::DataType;
 using tensorflow::OpKernelConstruction;
 using tensorflow::XlaOpKernel;
 using tensorflow::XlaOpKernelContext;
@@ -69,19 +69,8 @@ constexpr int64_t kParts = 16;
 
 // ------------------------------------------------------------------------------------------------ checking arguments
 
-std::string TypeName(DataType type) {
-  return type == tensorflow::DT_HALF     ? "float16"
-         : type == tensorflow::DT_FLOAT  ? "float32"
-         : type == tensorflow::DT_DOUBLE ? "float64"
-                                         : tensorflow::DataTypeString(type);
-}
-
 std::vector<int64_t> Sizes(const Shape& shape) {
   return std::vector<int64_t>(shape.dimensions().begin(), shape.dimensions().end());
-}
-
-absl::Status AsStatus(const std::string& problem) {
-  return problem.empty() ? absl::OkStatus() : absl::InvalidArgumentError(problem);
 }
 
 // ------------------------------------------------------------------------------------------------------ small pieces
@@ -282,10 +271,7 @@ class Search {
 class NearestAnchorXlaOpBase : public XlaOpKernel {
  public:
   explicit NearestAnchorXlaOpBase(OpKernelConstruction* construction) : XlaOpKernel(construction) {
-    DataType x_type, anchors_type;
-    OP_REQUIRES_OK(construction, construction->GetAttr("T", &x_type));
-    OP_REQUIRES_OK(construction, construction->GetAttr("A", &anchors_type));
-    OP_REQUIRES_OK(construction, AsStatus(ProblemOfTypes(TypeName(x_type), TypeName(anchors_type))));
+    OP_REQUIRES_OK(construction, CheckTypes(construction));
   }
 
   void Compile(XlaOpKernelContext* context) override {

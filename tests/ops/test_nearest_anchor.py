@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import hypothesis
-import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -16,6 +15,7 @@ from aib_tf.ops import custom_op, nearest_anchor, pure
 from tests import reference
 
 COMPILED = custom_op.library().nearest_anchor
+needs_library = pytest.mark.skipif(COMPILED is None, reason=custom_op.implementation().reason)
 
 
 @pytest.fixture(params=["custom_op", "pure"])
@@ -45,22 +45,11 @@ WAYS = {
     "graph of unknown sizes": of_unknown_sizes,
     "xla": lambda function: tf.function(function, jit_compile=True),
 }
-DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
-ANCHORS = {
-    "one": [0.25],
-    "two": [0.0, 1.0],
-    "evenly spaced": np.linspace(0, 1, 20),
-    "unsorted": [0.7, -2.0, 0.1, 3.0, 0.5],
-    "duplicates": [0.5, 0.25, 0.5, 0.0, 0.25, 0.25],
-    "all the same": [0.5] * 7,
-    "many": np.random.default_rng(0).normal(0.5, 1, 1000),
-    "wide": [-1e30, 1e30, 0.0, 1.0],
-}
 
 
-@pytest.fixture(params=ANCHORS)
+@pytest.fixture(params=reference.ANCHORS)
 def anchors(request):
-    return np.asarray(ANCHORS[request.param], np.float32)
+    return np.asarray(reference.ANCHORS[request.param], np.float32)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -72,17 +61,17 @@ def test_every_boundary_value_goes_where_argmin_says(anchors, way, path):
     np.testing.assert_array_equal(result.quantized, np.where(np.isnan(x), x, anchors[expected]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_dtype_is_compared_in_the_anchors_precision(dtype, way, path):
     anchors = np.linspace(0, 1, 20).astype("float64" if dtype == "float64" else "float32")
-    x = np.random.default_rng(1).normal(0.5, 0.5, (3, 50)).astype(DTYPES[dtype])
+    x = np.random.default_rng(1).normal(0.5, 0.5, (3, 50)).astype(reference.DTYPES[dtype])
     result = WAYS[way](nearest_anchor)(tf.constant(x), tf.constant(anchors))
     index = reference.nearest_index(x, anchors)
     np.testing.assert_array_equal(result.index, index)
     assert result.quantized.dtype == dtype
     assert result.codebook_loss.dtype == result.commitment_loss.dtype == anchors.dtype
-    np.testing.assert_array_equal(result.quantized.numpy(), anchors[index].astype(DTYPES[dtype]))
+    np.testing.assert_array_equal(result.quantized.numpy(), anchors[index].astype(reference.DTYPES[dtype]))
     expected = np.mean((x.astype(np.float64) - anchors[index]) ** 2)
     np.testing.assert_allclose(result.codebook_loss, expected, rtol=1e-5)
     np.testing.assert_array_equal(result.codebook_loss, result.commitment_loss)
@@ -182,16 +171,16 @@ def test_any_scores_and_anchors_agree_with_argmin(path, data):
     np.testing.assert_array_equal(result.index, reference.nearest_index(x, anchors))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("way", ["eager", "xla"])
-@pytest.mark.skipif(COMPILED is None, reason=custom_op.implementation().reason)
+@needs_library
 def test_both_paths_give_the_same_bits(dtype, way):
     arithmetic = "float64" if dtype == "float64" else "float32"
-    for name, values in ANCHORS.items():
+    for name, values in reference.ANCHORS.items():
         anchors = np.asarray(values, arithmetic)
         x = np.concatenate([reference.boundary_values(anchors), np.random.default_rng(5).normal(0.5, 1, 5000)])
         with np.errstate(over="ignore"):
-            x = x.astype(DTYPES[dtype])
+            x = x.astype(reference.DTYPES[dtype])
         x = tf.constant(x[np.isfinite(x.astype("float64")) & (np.abs(x.astype("float64")) < 1e15)])
         compiled, expected = (WAYS[way](f)(x, tf.constant(anchors)) for f in (COMPILED, pure.nearest_anchor))
         for ours, theirs in zip(compiled[:2], expected[:2], strict=True):
@@ -201,7 +190,7 @@ def test_both_paths_give_the_same_bits(dtype, way):
             np.testing.assert_allclose(ours, theirs, rtol=1e-13 if dtype == "float64" else 0, err_msg=name)
 
 
-@pytest.mark.skipif(COMPILED is None, reason=custom_op.implementation().reason)
+@needs_library
 def test_twenty_repeats_give_the_same_bits():
     x = tf.random.stateless_normal((200_000,), seed=(0, 2))
     anchors = tf.random.stateless_normal((50,), seed=(0, 3))
@@ -232,7 +221,7 @@ print(hashlib.sha256(content).hexdigest())
 """
 
 
-@pytest.mark.skipif(COMPILED is None, reason=custom_op.implementation().reason)
+@needs_library
 def test_the_number_of_threads_does_not_show():
     prints = set()
     for threads in ("1", "2", "4"):
@@ -326,7 +315,7 @@ def test_anchors_that_are_not_finite_show_as_nan_where_xla_cannot_raise(value, p
         (np.zeros(3, np.float64), np.zeros(2, np.float32), "`anchors` must be float64 when `x` is float64"),
     ],
 )
-@pytest.mark.skipif(COMPILED is None, reason=custom_op.implementation().reason)
+@needs_library
 def test_the_op_says_the_same_eagerly_and_in_graphs_whose_sizes_are_known_or_not(x, anchors, message):
     x, anchors = tf.constant(x), tf.constant(anchors)
     unknown = [tf.TensorSpec(None, x.dtype), tf.TensorSpec(None, anchors.dtype)]
@@ -345,7 +334,7 @@ def test_unknown_ranks_are_known_in_time(path):
     np.testing.assert_array_equal(function(x, anchors).index, [[1, 0]])
 
 
-@pytest.mark.skipif(COMPILED is None, reason=custom_op.implementation().reason)
+@needs_library
 def test_the_gradient_op_checks_what_it_is_given():
     gradient = custom_op.library().gradient
     x, anchors = tf.constant([0.1, 0.9]), tf.constant([0.0, 1.0])
