@@ -5,6 +5,7 @@ Importing this package registers the builder of `cluttered_digits`, so that `tfd
 
 from aib_tf.data import cluttered_digits as _registered  # noqa: F401
 from aib_tf.data.datasets import DATASETS, DatasetInfo, get
+from aib_tf.data.geometry import random_crop_and_flip
 from aib_tf.data.pipeline import (
     MEMORY_LIMIT,
     DatasetUnavailableError,
@@ -14,7 +15,6 @@ from aib_tf.data.pipeline import (
     load,
     normalize_images,
     num_examples,
-    random_crop_and_flip,
     training_batches,
 )
 

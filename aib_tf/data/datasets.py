@@ -1,11 +1,12 @@
 """The table of data sets: what the pipeline has to know about each of them.
 
-Another set that TFDS knows, with images of one size, is one more entry.
+Another set that TFDS knows is one more entry; `resize` brings images of several sizes to one.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
+from aib_tf.data import class_names
 from aib_tf.validation import check_count
 
 
@@ -17,18 +18,24 @@ class DatasetInfo:
         name: the name users type, such as `"cifar10"`; with the configuration behind a slash if
             one was given, such as `"cluttered_digits/train600_validation100_test100_seed3"`.
         classes: number of classes, at least 2. Labels are 0 to classes - 1.
-        image_shape: height, width and channels.
+        image_shape: height, width and channels of an image as it is delivered.
         mean: mean of each channel over the pixels of the training images, pixels in [0, 1].
         stddev: standard deviation of the same.
         splits: `"train"`, `"validation"` and `"test"` -> a TFDS split instruction.
         class_names: one name a class, in the order of the labels.
-        crop_padding: pixels of reflected border on each side before a random crop; 0: no crops.
+        crop_padding: pixels of reflected border on each side before a random crop; 0: no border,
+            and no crops unless there is `resize`.
         horizontal_flip: whether the mirror image of an image has the same label.
         fields: what can be read of an example.
         builder: name of the TFDS builder, with its configuration if the set has one.
         generated: whether it is generated on the spot, without a download. Only such a set takes a
             configuration from the name.
         module: Python module that registers the builder, if TFDS does not bring it along.
+        resize: height and width that images of any size are resized to, without regard to their
+            aspect ratio. Augmentation then takes a random window of `image_shape`; without it, it
+            is the centre. None: all images have `image_shape`.
+        crop_to_box: whether augmentation begins with a crop to the box of the object, before
+            `resize`. Without augmentation images stay whole.
 
     Raises:
         ValueError: if numbers do not fit together.
@@ -47,12 +54,20 @@ class DatasetInfo:
     builder: str
     generated: bool = False
     module: str | None = None
+    resize: tuple[int, int] | None = None
+    crop_to_box: bool = False
 
     def __post_init__(self):
         check_count("classes", self.classes, minimum=2)
         height, width, channels = self.image_shape
+        resized = self.resize or (height, width)
+        if len(resized) != 2 or resized[0] < height or resized[1] < width:
+            raise ValueError(
+                f"`resize` must be a height and width that hold image_shape, {self.image_shape}. "
+                f"Received: resize={self.resize!r}"
+            )
         # A border is reflected without repeating the edge: it must be narrower than the image.
-        check_count("crop_padding", self.crop_padding, minimum=0, maximum=min(height, width) - 1)
+        check_count("crop_padding", self.crop_padding, minimum=0, maximum=min(resized) - 1)
         for argument, length in (("mean", channels), ("stddev", channels)):
             value = getattr(self, argument)
             if len(value) != length:
@@ -63,12 +78,24 @@ class DatasetInfo:
             raise ValueError(
                 f"`class_names` must have one name a class, {self.classes}. Received: class_names={self.class_names!r}"
             )
+        if self.crop_to_box and not (self.resize and self.has_boxes):
+            raise ValueError(
+                "`crop_to_box` needs a field bbox, and `resize`, since boxes differ in size. "
+                f"Received: crop_to_box={self.crop_to_box!r}, resize={self.resize!r}, fields={self.fields!r}"
+            )
 
     @property
     def has_boxes(self) -> bool:
         """Whether examples tell where the object is."""
         return "bbox" in self.fields
 
+
+# For sets without validation images of their own: the last tenth of the training images.
+_LAST_TENTH = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
+
+# The values in common use for CIFAR-10 and CIFAR-100; they let published weights be compared.
+_CIFAR_MEAN = (0.5071, 0.4867, 0.4408)
+_CIFAR_STDDEV = (0.2675, 0.2565, 0.2761)
 
 _TABLE = (
     DatasetInfo(
@@ -93,11 +120,9 @@ _TABLE = (
         name="cifar10",
         classes=10,
         image_shape=(32, 32, 3),
-        # The values in common use for CIFAR; they let published weights be compared.
-        mean=(0.5071, 0.4867, 0.4408),
-        stddev=(0.2675, 0.2565, 0.2761),
-        # CIFAR-10 has no validation images of its own: the last tenth of the training images.
-        splits={"train": "train[:90%]", "validation": "train[90%:]", "test": "test"},
+        mean=_CIFAR_MEAN,
+        stddev=_CIFAR_STDDEV,
+        splits=_LAST_TENTH,
         class_names=(
             "airplane",
             "automobile",
@@ -114,6 +139,52 @@ _TABLE = (
         horizontal_flip=True,
         fields=("image", "label", "id"),
         builder="cifar10",
+    ),
+    DatasetInfo(
+        name="cifar100",
+        classes=100,
+        image_shape=(32, 32, 3),
+        mean=_CIFAR_MEAN,
+        stddev=_CIFAR_STDDEV,
+        splits=_LAST_TENTH,
+        class_names=class_names.CIFAR100,
+        crop_padding=4,
+        horizontal_flip=True,
+        fields=("image", "label", "id"),
+        builder="cifar100",
+    ),
+    DatasetInfo(
+        name="svhn_cropped",
+        classes=10,
+        image_shape=(32, 32, 3),
+        # Not those of the images: the values of the released code of AIB, pixels from -1 to 1.
+        mean=(0.5, 0.5, 0.5),
+        stddev=(0.5, 0.5, 0.5),
+        splits=_LAST_TENTH,  # without the 531,131 "extra" images
+        class_names=tuple("0123456789"),
+        crop_padding=4,
+        # A mirrored 2 is no digit. The released code mirrors house numbers all the same.
+        horizontal_flip=False,
+        fields=("image", "label", "id"),
+        builder="svhn_cropped",
+    ),
+    DatasetInfo(
+        # Wah et al., "The Caltech-UCSD Birds-200-2011 dataset" (2011): CUB. Training images are cut to
+        # the box of the bird, test images are not: they are resized whole, and the centre is taken.
+        name="caltech_birds2011",
+        classes=200,
+        image_shape=(224, 224, 3),
+        # Those of ImageNet, which the weights that training begins with have seen.
+        mean=(0.485, 0.456, 0.406),
+        stddev=(0.229, 0.224, 0.225),
+        splits=_LAST_TENTH,
+        class_names=class_names.CALTECH_BIRDS2011,
+        crop_padding=0,
+        horizontal_flip=True,
+        fields=("image", "label", "bbox"),
+        builder="caltech_birds2011",
+        resize=(256, 256),
+        crop_to_box=True,
     ),
 )
 

@@ -1,12 +1,11 @@
 """From a data set on disk to batches of images, with tf.data.
 
-    decode -> hold in memory -> order -> batch -> crop and flip -> normalise -> prefetch
+    decode -> resize -> hold in memory -> order -> batch -> crop and flip -> normalise -> prefetch
 
 Images stay uint8 up to the last step: a quarter of the memory traffic of float32. A split that
 fits `MEMORY_LIMIT` is decoded once into one array an attribute; an epoch is then a permutation of
 its indices, a batch one gather, and skipping batches costs nothing. A larger split is read from
-disk in every epoch, through a shuffle buffer. Augmentation works on whole batches: one gather of
-rows, one of columns, whatever the number of images.
+disk in every epoch, through a shuffle buffer. `aib_tf.data.geometry` has resizing and augmentation.
 
 Every random number is a pure function of a seed, the epoch and the index of the batch (stateless
 random operations), so that a run can be resumed at any batch. Order is deterministic always.
@@ -23,10 +22,12 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from aib_tf.data import datasets
+from aib_tf.data import datasets, geometry
+from aib_tf.data.geometry import RANDOM_ALGORITHM
 from aib_tf.validation import check_count
 
-# Bytes of decoded examples that a split may take in memory. CIFAR-10 takes 0.15 of its 1 GiB.
+# Bytes of decoded examples that a split may take in memory. CIFAR-10 takes 0.15 of its 1 GiB, the training split of
+# caltech_birds2011 0.99.
 MEMORY_LIMIT = 2**30
 
 # Encoded examples to shuffle among when a split does not fit into memory.
@@ -37,8 +38,8 @@ _DEFAULT_FIELDS = ("image", "label")
 # Batches of an epoch fold 0, 1, ... into its seed; the order of the epoch folds in this.
 _ORDER = -1
 
-# Fixed, since "auto_select" draws other numbers on other devices.
-_RANDOM_ALGORITHM = "philox"
+# Bytes of examples to decode at once, at most, on the way into memory.
+_CHUNK_BYTES = 2**25
 
 # Seconds to wait for an answer before a download. TFDS would try for minutes without a network.
 _NETWORK_TIMEOUT = 10.0
@@ -78,16 +79,19 @@ def load(
         data_dir: folder of prepared TFDS data sets. None: that of TFDS, `$TFDS_DATA_DIR` or
             `~/tensorflow_datasets`. A generated set is generated there on first use.
         shuffle: whether each iteration has another order; else the order of the files.
-        augment: whether to crop and flip at random, as far as the table allows for this set.
+        augment: whether to crop and flip at random, as far as the table allows for this set; one
+            with `crop_to_box` is cut to the boxes of its objects first. Otherwise images are whole,
+            or the centre of the whole image after `resize`.
         seed: integer in [0, 2**63).
         fields: what to deliver, out of `DatasetInfo.fields`:
             image, (B, H, W, C), float32 (normalised) or uint8;
             label, (B,) int64;
-            bbox, (B, 4) float32 in [0, 1], top, left, bottom, right in shares of the image;
+            bbox, (B, 4) float32 in [0, 1], top, left, bottom, right in shares of the delivered
+                image: what is seen of the object there, without area where that is nothing;
             mask, (B, H, W, 1) uint8, 1 on the object;
             id, (B,), int64 or string, where the example comes from.
         normalize: whether images are float32 of mean 0 and standard deviation 1 over the training
-            images, or uint8 as stored.
+            images, or uint8.
         drop_remainder: whether to drop a last batch of fewer than `batch_size` images. By default
             it is kept, in training too.
         memory_limit: bytes; a split that is larger when decoded is read from disk every time.
@@ -111,7 +115,7 @@ def load(
     fields = _check_fields(info, fields, augment)
     check_count("batch_size", batch_size)
     _check_seed(seed)
-    source = _source(info, split, fields, data_dir, memory_limit)
+    source = _source(info, split, fields, augment, data_dir, memory_limit)
     epochs = tf.data.Dataset.from_tensors(tf.zeros((), tf.int64))
     if shuffle or augment:
         # One random number an iteration, and another one in the next.
@@ -178,7 +182,7 @@ def training_batches(
     check_count("epochs", epochs, minimum=0)
     check_count("first_epoch", first_epoch, minimum=0, maximum=epochs)
     _check_seed(seed)
-    source = _source(info, split, _DEFAULT_FIELDS, data_dir, memory_limit)
+    source = _source(info, split, _DEFAULT_FIELDS, augment, data_dir, memory_limit)
     length = _batches(source.examples, batch_size, drop_remainder)
     check_count("skip_batches", skip_batches, minimum=0, maximum=length)
 
@@ -268,58 +272,6 @@ def denormalize_images(images, info: datasets.DatasetInfo):
     return np.clip(np.rint(pixels), 0.0, 255.0).astype(np.uint8)
 
 
-def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, *, padding: int, flip: bool) -> tf.Tensor:
-    """Moves each image of a batch by up to `padding` pixels, and mirrors half of them.
-
-    Image b becomes the window of its size at (top_b, left_b) of its copy with a reflected border
-    (the edge is not repeated), where both are uniform in 0..2 * padding; then, if `flip`, it is
-    mirrored left to right with probability 1/2. The border is never made: a window of a reflected
-    image is a choice of its rows and columns.
-
-    Args:
-        images: any type, (B, H, W, C), H and W static and larger than `padding`.
-        seed: integers (2,); the result is a pure function of it and of `images`.
-        padding: width of the border, at least 0.
-        flip: whether to mirror.
-
-    Returns:
-        As `images`.
-
-    Reference:
-        He et al., "Deep residual learning for image recognition" (2016), section 4.2, with
-        the reflected border of Zagoruyko and Komodakis, "Wide residual networks" (2016).
-    """
-    if not padding and not flip:
-        return images
-    batch = tf.shape(images)[0]
-    height, width = images.shape[1:3]
-    # One draw an image, out of the (2 * padding + 1)**2 windows and their mirror images.
-    shifts = 2 * padding + 1
-    draws = tf.random.stateless_uniform(
-        (batch, 1),
-        seed,
-        minval=0,
-        maxval=2 * shifts * shifts,
-        dtype=tf.int32,
-        alg=_RANDOM_ALGORITHM,
-    )
-    mirrored = draws % 2 == 1
-    left = draws // 2 % shifts
-    top = draws // (2 * shifts)
-    if padding:
-        rows = _reflected(top - padding + tf.range(height), height)
-        images = tf.gather(images, rows, axis=1, batch_dims=1)
-    columns = left - padding + tf.range(width)
-    if flip:
-        columns = tf.where(mirrored, tf.reverse(columns, [1]), columns)
-    return tf.gather(images, _reflected(columns, width), axis=2, batch_dims=1)
-
-
-def _reflected(positions: tf.Tensor, size: int) -> tf.Tensor:
-    """Positions in (-size, 2 * size - 1) -> 0..size - 1, mirrored at the first and last pixel."""
-    return (size - 1) - tf.abs((size - 1) - tf.abs(positions))
-
-
 def _scale_and_offset(info: datasets.DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
     """float32 (C,) each, so that normalised = pixels in 0..255 * scale + offset."""
     mean, stddev = np.asarray(info.mean), np.asarray(info.stddev)
@@ -348,23 +300,29 @@ def _pipeline(
     run_seed = tf.constant([seed, 0], tf.int64)
 
     def one_epoch(epoch, skip):
-        epoch_seed = tf.random.fold_in(run_seed, epoch, alg=_RANDOM_ALGORITHM)
-        order_seed = tf.random.fold_in(epoch_seed, tf.constant(_ORDER, tf.int64), alg=_RANDOM_ALGORITHM)
+        epoch_seed = tf.random.fold_in(run_seed, epoch, alg=RANDOM_ALGORITHM)
+        order_seed = tf.random.fold_in(epoch_seed, tf.constant(_ORDER, tf.int64), alg=RANDOM_ALGORITHM)
         batches = source.epoch(order_seed if shuffle else None, skip, batch_size, drop_remainder)
         return batches.map(
             lambda number, batch: (
-                tf.random.fold_in(epoch_seed, number, alg=_RANDOM_ALGORITHM),
+                tf.random.fold_in(epoch_seed, number, alg=RANDOM_ALGORITHM),
                 batch,
             )
         )
 
     def finish(batch_seed, batch):
         batch = source.examples_of(batch)
-        if "image" in fields:
-            images = batch["image"]
-            if augment:
-                images = random_crop_and_flip(images, batch_seed, padding=info.crop_padding, flip=info.horizontal_flip)
-            batch["image"] = normalize_images(images, info) if normalize else images
+        if augment:
+            window = {"padding": info.crop_padding, "flip": info.horizontal_flip, "size": info.image_shape[:2]}
+            if "image" in fields:
+                batch["image"] = geometry.random_crop_and_flip(batch["image"], batch_seed, **window)
+            if "bbox" in fields:
+                image_size = geometry.prepared_shape(info, augment)[:2]
+                batch["bbox"] = geometry.random_crop_and_flip_boxes(
+                    batch["bbox"], batch_seed, image_size=image_size, **window
+                )
+        if "image" in fields and normalize:
+            batch["image"] = normalize_images(batch["image"], info)
         if fields == _DEFAULT_FIELDS:
             return batch["image"], batch["label"]
         return {field: batch[field] for field in fields}
@@ -396,7 +354,7 @@ class _MemorySource:
                 minval=None,
                 maxval=None,
                 dtype=tf.int64,
-                alg=_RANDOM_ALGORITHM,
+                alg=RANDOM_ALGORITHM,
             )
             order = tf.argsort(keys, stable=True)
 
@@ -443,29 +401,40 @@ class _StreamedSource:
 class _Reader:
     """A split on disk."""
 
-    def __init__(self, info, builder, instruction, fields):
+    def __init__(self, info, builder, instruction, fields, augment):
         self._info = info
         self._builder = builder
         self._instruction = instruction
         self._fields = fields
+        self._augment = augment
         self.examples = builder.info.splits[instruction].num_examples
+        # A crop to the box needs the box, and where it puts it depends on the size of the image.
+        both = {"image", "bbox"}
+        crops = augment and info.crop_to_box and not both.isdisjoint(fields)
+        self._sources = {*fields, *both} if crops else {*fields}
 
     def decoded_bytes(self) -> int:
         """Memory that the decoded examples take."""
-        features = self._builder.info.features
-        sizes = [
-            int(np.prod(features[field].shape)) * np.dtype(features[field].np_dtype).itemsize for field in self._fields
-        ]
-        return self.examples * sum(sizes)
+        return self.examples * self._example_bytes()
 
     def read(self) -> dict[str, np.ndarray]:
         """Decodes the whole split into arrays (examples, ...)."""
-        chunks = []
+        arrays = {}
+        count = 0
         with self._explained():
-            examples = self._examples(decoded=self._fields)
-            for chunk in examples.batch(1_000).prefetch(1).as_numpy_iterator():
-                chunks.append(chunk)
-        return {field: np.concatenate([chunk[field] for chunk in chunks]) for field in self._fields}
+            examples = self._examples(decoded=self._sources).map(self._prepare, num_parallel_calls=tf.data.AUTOTUNE)
+            chunk_size = min(1_000, max(1, _CHUNK_BYTES // self._example_bytes()))
+            for chunk in examples.batch(chunk_size).prefetch(1).as_numpy_iterator():
+                stop = count + len(chunk[self._fields[0]])
+                if not arrays:
+                    arrays = {
+                        field: np.empty((self.examples, *values.shape[1:]), values.dtype)
+                        for field, values in chunk.items()
+                    }
+                for field, values in chunk.items():
+                    arrays[field][count:stop] = values
+                count = stop
+        return arrays
 
     def encoded(self):
         """A data set of examples with encoded images, and the function that decodes one."""
@@ -473,13 +442,26 @@ class _Reader:
         images = self._images()
 
         def decode(example):
-            return {
-                field: features[field].decode_example(value) if field in images else value
-                for field, value in example.items()
-            }
+            return self._prepare(
+                {
+                    field: features[field].decode_example(value) if field in images else value
+                    for field, value in example.items()
+                }
+            )
 
         with self._explained():
             return self._examples(decoded=()), decode
+
+    def _example_bytes(self) -> int:
+        features = self._builder.info.features
+        shapes = {field: features[field].shape for field in self._fields}
+        if "image" in shapes:
+            shapes["image"] = geometry.prepared_shape(self._info, self._augment)
+        return sum(int(np.prod(shapes[field])) * np.dtype(features[field].np_dtype).itemsize for field in shapes)
+
+    def _prepare(self, example):
+        prepared = geometry.prepare(example, self._info, self._augment)
+        return {field: prepared[field] for field in self._fields}
 
     def _images(self) -> set[str]:
         import tensorflow_datasets as tfds
@@ -488,7 +470,7 @@ class _Reader:
         return {field for field in features if isinstance(features[field], tfds.features.Image)}
 
     def _examples(self, decoded):
-        """The examples with the fields that are wanted, in the order of the files."""
+        """The examples with the fields that are needed, in the order of the files."""
         import tensorflow_datasets as tfds
 
         examples = self._builder.as_dataset(
@@ -497,7 +479,7 @@ class _Reader:
             # What stays in memory is decided here, by `memory_limit`.
             read_config=tfds.ReadConfig(try_autocache=False),
         )
-        return examples.map(lambda example: {field: example[field] for field in self._fields})
+        return examples.map(lambda example: {field: example[field] for field in self._sources})
 
     @contextlib.contextmanager
     def _explained(self):
@@ -507,17 +489,17 @@ class _Reader:
             raise _damaged(self._info, self._builder, error) from error
 
 
-def _source(info, split, fields, data_dir, memory_limit):
+def _source(info, split, fields, augment, data_dir, memory_limit):
     """The examples of a split, in memory if they fit."""
     check_count("memory_limit", memory_limit, minimum=0)
-    reader = _reader(info, split, fields, data_dir)
+    reader = _reader(info, split, fields, data_dir, augment)
     fits = reader.decoded_bytes() <= memory_limit
     return _MemorySource(reader) if fits else _StreamedSource(reader)
 
 
-def _reader(info, split, fields, data_dir):
+def _reader(info, split, fields, data_dir, augment=False):
     instruction = _instruction(info, split)  # Before data is fetched for a split there is not.
-    return _Reader(info, _builder(info, data_dir), instruction, fields)
+    return _Reader(info, _builder(info, data_dir), instruction, fields, augment)
 
 
 def _instruction(info: datasets.DatasetInfo, split: str) -> str:
@@ -537,9 +519,9 @@ def _check_fields(info, fields, augment) -> tuple[str, ...]:
     known = ", ".join(info.fields)
     if not names or not set(names) <= set(info.fields) or len(set(names)) < len(names):
         raise ValueError(f"The fields of {info.name} are {known}; each at most once. Received: fields={fields!r}")
-    if augment and not {"bbox", "mask"}.isdisjoint(names):
+    if augment and "mask" in names:
         raise ValueError(
-            "Augmentation moves the image away from its bbox and mask: leave them out, or use "
+            "Augmentation moves the image away from its mask: leave it out, or use "
             f"augment=False. Received: augment={augment!r}, fields={fields!r}"
         )
     return names

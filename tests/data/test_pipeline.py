@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from aib_tf import data
 from aib_tf.data import pipeline
+from tests.data.windows import windows_of
 
 TINY = "cluttered_digits/train60_validation20_test20_seed3"
 CIFAR10_DIR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tensorflow_datasets"
@@ -111,56 +112,6 @@ def test_normalisation_is_the_formula_and_can_be_undone():
         assert restored.dtype == convert(pixels).dtype
         np.testing.assert_array_equal(restored, pixels)
     np.testing.assert_array_equal(data.denormalize_images(np.full((1, 3), 99.0), info), np.full((1, 3), 255))
-
-
-def windows_of(image, padding, flip):
-    """NumPy truth: all windows of the reflected image, and their mirror images."""
-    height, width, _ = image.shape
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
-    windows = [
-        padded[top : top + height, left : left + width]
-        for top in range(2 * padding + 1)
-        for left in range(2 * padding + 1)
-    ]
-    return windows + [window[:, ::-1] for window in windows] if flip else windows
-
-
-@pytest.mark.parametrize("padding, flip", [(1, True), (3, False), (4, True), (0, True)])
-def test_every_crop_is_a_window_of_the_reflected_image(padding, flip):
-    image = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
-    batch = np.repeat(image[np.newaxis], 4000, axis=0)
-    crops = data.random_crop_and_flip(tf.constant(batch), (1, 2), padding=padding, flip=flip)
-    assert crops.dtype == tf.uint8 and crops.shape == batch.shape
-    expected = {window.tobytes() for window in windows_of(image, padding, flip)}
-    delivered = [crop.tobytes() for crop in crops.numpy()]
-    assert set(delivered) == expected  # Each of them, and no other.
-    counts = np.array([delivered.count(window) for window in expected])
-    mean = len(batch) / len(expected)
-    assert (np.abs(counts - mean) < 6 * np.sqrt(mean)).all()  # Uniform.
-
-
-def test_images_of_a_batch_move_independently_and_stay_in_their_place():
-    images = np.random.default_rng(1).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
-    crops = data.random_crop_and_flip(tf.constant(images), (3, 4), padding=2, flip=True).numpy()
-    chosen = []
-    for image, crop in zip(images, crops, strict=True):
-        windows = [window.tobytes() for window in windows_of(image, 2, True)]
-        chosen.append(windows.index(crop.tobytes()))
-    assert len(set(chosen)) > 8
-
-
-def test_augmentation_is_a_function_of_its_seed():
-    images = tf.constant(np.random.default_rng(2).integers(0, 256, (9, 6, 6, 3), dtype=np.uint8))
-    first, again, other = (
-        data.random_crop_and_flip(images, seed, padding=2, flip=True).numpy() for seed in ((5, 6), (5, 6), (5, 7))
-    )
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-def test_without_padding_and_flip_images_pass_untouched():
-    images = tf.zeros((2, 4, 4, 1), tf.uint8)
-    assert data.random_crop_and_flip(images, (0, 0), padding=0, flip=False) is images
 
 
 @pytest.fixture
@@ -265,7 +216,7 @@ def test_counts_agree_with_the_data(data_dir):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"name": "mnist"}, "cifar10, cluttered_digits.*Received: name='mnist'"),
+        ({"name": "mnist"}, "cifar10, cifar100, cluttered_digits.*Received: name='mnist'"),
         ({"split": "dev"}, "train, validation, test.*Received: split='dev'"),
         ({"split": "train+train"}, "Received: split='train\\+train'"),
         ({"split": ""}, "Received: split=''"),

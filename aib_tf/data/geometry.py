@@ -1,0 +1,170 @@
+"""Which part of an image is delivered, and where its object lies in it.
+
+An image of a set with `DatasetInfo.resize` is first prepared by itself, once: cut to the box of its
+object where the table says so, resized, and cut to its centre unless a random crop follows. What is
+random works on whole batches afterwards: one gather of rows, one of columns, whatever the number of
+images. Boxes follow every step.
+"""
+
+import tensorflow as tf
+
+from aib_tf.data import datasets
+
+# Fixed, since "auto_select" draws other numbers on other devices.
+RANDOM_ALGORITHM = "philox"
+
+
+def prepared_shape(info: datasets.DatasetInfo, augment: bool) -> tuple[int, int, int]:
+    """The shape (H, W, C) of an image that `prepare` returns."""
+    if info.resize is None or not augment:
+        return info.image_shape
+    return (*info.resize, info.image_shape[-1])
+
+
+def prepare(example: dict[str, tf.Tensor], info: datasets.DatasetInfo, augment: bool) -> dict[str, tf.Tensor]:
+    """Brings one example of a set whose images differ in size to one size; others pass untouched.
+
+    Args:
+        example: may hold image, uint8 (H, W, C) of any size, and bbox, float32 (4,), top, left,
+            bottom, right in shares of the image. With `augment`, a set with `crop_to_box` needs
+            both or neither. Other fields pass untouched.
+        info: entry of the data set.
+        augment: whether a random crop follows. Then the image is cut to the box of its object
+            where `info.crop_to_box` says so, and resized to `info.resize`; otherwise the whole
+            image is resized, and its centre of `info.image_shape` cut out.
+
+    Returns:
+        As `example`: image, uint8 of `prepared_shape(info, augment)`, and bbox, float32 (4,), of
+        what is seen of the object, in shares of that image.
+    """
+    if info.resize is None:
+        return example
+    prepared = dict(example)
+    if augment and info.crop_to_box and "image" in example:
+        prepared["image"], prepared["bbox"] = _crop_to_box(example["image"], example["bbox"])
+    if "image" in prepared:
+        prepared["image"] = _resize(prepared["image"], info.resize)
+    if not augment:
+        height, width = info.image_shape[:2]
+        top, left = (info.resize[0] - height) // 2, (info.resize[1] - width) // 2
+        if "image" in prepared:
+            prepared["image"] = prepared["image"][top : top + height, left : left + width]
+        if "bbox" in prepared:
+            prepared["bbox"] = _boxes_in_window(prepared["bbox"], info.resize, (top, left), (height, width))
+    return prepared
+
+
+def random_crop_and_flip(
+    images: tf.Tensor, seed: tf.Tensor, *, padding: int, flip: bool, size: tuple[int, int] | None = None
+) -> tf.Tensor:
+    """Cuts a window out of each image of a batch, and mirrors half of them.
+
+    Image b becomes the window of `size` at (top_b, left_b) of its copy with a reflected border of
+    `padding` pixels (the edge is not repeated), where top_b and left_b are uniform over all places
+    where the window fits; then, if `flip`, it is mirrored left to right with probability 1/2. The
+    border is never made: a window of a reflected image is a choice of its rows and columns.
+
+    Args:
+        images: any type, (B, H, W, C), H and W static and larger than `padding`.
+        seed: integers (2,); the result is a pure function of it and of `images`.
+        padding: width of the border, at least 0.
+        flip: whether to mirror.
+        size: height and width of the window; None: those of `images`.
+
+    Returns:
+        As `images`, (B, *size, C).
+
+    Raises:
+        ValueError: if the window is larger than the image with its border.
+
+    Reference:
+        He et al., "Deep residual learning for image recognition" (2016), section 4.2, with
+        the reflected border of Zagoruyko and Komodakis, "Wide residual networks" (2016).
+    """
+    height, width = images.shape[1:3]
+    window_height, window_width = size or (height, width)
+    if not padding and not flip and (window_height, window_width) == (height, width):
+        return images
+    top, left, mirrored = _windows(tf.shape(images)[0], seed, (height, width), padding, size)
+    if padding or window_height != height:
+        rows = _reflected(top - padding + tf.range(window_height), height)
+        images = tf.gather(images, rows, axis=1, batch_dims=1)
+    columns = left - padding + tf.range(window_width)
+    if flip:
+        columns = tf.where(mirrored, tf.reverse(columns, [1]), columns)
+    return tf.gather(images, _reflected(columns, width), axis=2, batch_dims=1)
+
+
+def random_crop_and_flip_boxes(
+    boxes: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    image_size: tuple[int, int],
+    padding: int,
+    flip: bool,
+    size: tuple[int, int] | None = None,
+) -> tf.Tensor:
+    """Does to boxes what `random_crop_and_flip` with the same arguments does to their images.
+
+    Args:
+        boxes: float (B, 4), top, left, bottom, right in shares of the image.
+        seed: as for the images.
+        image_size: height and width of the images before.
+        padding: as for the images.
+        flip: as for the images.
+        size: as for the images.
+
+    Returns:
+        As `boxes`, in shares of the window and clipped to it. The reflection of an object in the
+        border is not the object; a box of which nothing is left has no area.
+    """
+    top, left, mirrored = _windows(tf.shape(boxes)[0], seed, image_size, padding, size)
+    origin = tf.cast(tf.concat([top, left], axis=1) - padding, boxes.dtype)
+    boxes = _boxes_in_window(boxes, image_size, origin, size or image_size)
+    if flip:
+        top, left, bottom, right = tf.unstack(boxes, axis=-1)
+        boxes = tf.where(mirrored, tf.stack([top, 1 - right, bottom, 1 - left], axis=-1), boxes)
+    return boxes
+
+
+def _windows(batch, seed, image_size, padding, size):
+    """Draws a window for each image: top and left, int32, and whether to mirror, bool; (B, 1) each."""
+    # One draw an image, out of all windows and their mirror images.
+    (height, width), (window_height, window_width) = image_size, size or image_size
+    vertical, horizontal = height + 2 * padding - window_height + 1, width + 2 * padding - window_width + 1
+    if vertical < 1 or horizontal < 1:
+        raise ValueError(
+            f"The window must fit into the image of {height}x{width} with its border of {padding}. "
+            f"Received: size={window_height, window_width}"
+        )
+    draws = tf.random.stateless_uniform(
+        (batch, 1), seed, minval=0, maxval=2 * vertical * horizontal, dtype=tf.int32, alg=RANDOM_ALGORITHM
+    )
+    return draws // (2 * horizontal), draws // 2 % horizontal, draws % 2 == 1
+
+
+def _reflected(positions: tf.Tensor, size: int) -> tf.Tensor:
+    """Positions in (-size, 2 * size - 1) -> 0..size - 1, mirrored at the first and last pixel."""
+    return (size - 1) - tf.abs((size - 1) - tf.abs(positions))
+
+
+def _crop_to_box(image, box):
+    """The whole pixels (at least one) nearest to a box, and the box in shares of them."""
+    size = tf.shape(image)[:2]
+    corners = tf.round(tf.reshape(box, (2, 2)) * tf.cast(size, box.dtype))
+    start = tf.clip_by_value(tf.cast(corners[0], tf.int32), 0, size - 1)
+    end = tf.clip_by_value(tf.cast(corners[1], tf.int32), start + 1, size)
+    return image[start[0] : end[0], start[1] : end[1]], _boxes_in_window(box, size, start, end - start)
+
+
+def _resize(image, size):
+    """Resizes a uint8 image as Pillow and torchvision do: bilinear, over a wider support when it shrinks."""
+    resized = tf.image.resize(image, size, method="bilinear", antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
+
+
+def _boxes_in_window(boxes, image_size, origin, size):
+    """Boxes (..., 4) in shares of the image -> in shares of its window at `origin` (..., 2), clipped to it."""
+    image_size, origin, size = (tf.cast(value, boxes.dtype) for value in (image_size, origin, size))
+    pixels = boxes * tf.tile(image_size, [2])
+    return tf.clip_by_value((pixels - tf.concat([origin, origin], axis=-1)) / tf.tile(size, [2]), 0.0, 1.0)
