@@ -22,6 +22,13 @@ def check_weight(name, value, positive=False):
     return float(value)
 
 
+def check_rate(name, value):
+    """Returns `value` as a float; ValueError unless it is from 0 to below 1."""
+    if check_weight(name, value) >= 1:
+        raise ValueError(f"`{name}` must be a number from 0 to below 1. Received: {name}={value!r}")
+    return float(value)
+
+
 def check_seed(seed):
     """Returns `seed` as an int or None; ValueError unless it is None or an integer from 0 to 2^31 - 1."""
     return None if seed is None else check_count("seed", seed, minimum=0, maximum=2**31 - 1)

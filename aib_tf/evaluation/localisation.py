@@ -30,7 +30,8 @@ def localisation(model, dataset, samples: int = 0, resamples: int = RESAMPLES, s
       covers, and so is its energy.
 
     Args:
-        model: Has `explain(images, samples)` with "attention_mean" (B, h, w).
+        model: Has `explain(images, samples)` with "attention_mean" (B, h, w), or with the maps that its
+            `attention_names` name, of which the last is taken.
         dataset: Batches as dicts with "bbox" or "mask", see `aib_tf.evaluation.evaluate`.
         samples: Passed on to `explain`; the mean attention does not depend on it.
         resamples: Draws of the bootstrap.
@@ -53,7 +54,9 @@ class Localisation(Suite):
     name = "localisation"
 
     def measure(self, batch):
-        if "attention_mean" not in batch.explanation:
+        # Of several maps, the deepest.
+        names = getattr(self.model, "attention_names", ("attention_mean",))
+        if not names or names[-1] not in batch.explanation:
             raise UnavailableError("the model has no attention")
         height, width = batch.images.shape[1:3]
         objects = {}
@@ -64,7 +67,7 @@ class Localisation(Suite):
         if not objects:
             raise UnavailableError("the data has neither boxes nor masks")
 
-        attention = maps.upsample(batch.finite("attention_mean", rank=3), height, width)
+        attention = maps.upsample(batch.finite(names[-1], rank=3), height, width)
         centred = maps.centred_gaussian(height, width, SIGMA)
         values = {"positive_mass": np.maximum(attention, 0).sum(axis=(1, 2))}
         for name, inside in objects.items():

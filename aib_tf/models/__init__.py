@@ -1,6 +1,7 @@
-"""Models: the AIB classifier, its backbones, and `build` to make one by name."""
+"""Models: AIB classifiers and "Learn To Pay Attention", by name or around any Keras model."""
 
 from aib_tf.models.aib import AIBClassifier
+from aib_tf.models.pay_attention import PayAttentionClassifier
 from aib_tf.models.registry import build, names
 
-__all__ = ["AIBClassifier", "build", "names"]
+__all__ = ["AIBClassifier", "PayAttentionClassifier", "build", "names"]

@@ -94,6 +94,11 @@ class AIBClassifier(keras.Model):
             code = self.bottleneck(code, training=training)
         return self.decoder(code, training=training)
 
+    @property
+    def attention_names(self):
+        """The entries of `explain` that are attention maps (B, h, w): attention_mean, or none."""
+        return () if self.attention is None else ("attention_mean",)
+
     def explain(self, images, samples=0):
         """Classifies, and returns what the decision went through.
 
