@@ -87,6 +87,20 @@ def _model(name, input_shape=(32, 32, 1), stand_in_for=None, like_another=False,
     )
 
 
+def _attached():
+    images = keras.Input((32, 32, 1))
+    x = images
+    for number in (1, 2, 3):
+        initializer = keras.initializers.GlorotUniform(seed=number)
+        x = keras.layers.Conv2D(
+            4, 3, 2, activation="relu", kernel_initializer=initializer, name=f"convolution{number}"
+        )(x)
+    backbone = keras.Model(images, x, name="backbone")
+    return aib_tf.models.attach_attention(
+        backbone, "convolution2", 4, quantize=True, latent_dim=16, num_anchors=5, seed=1
+    )
+
+
 MODELS = (
     _model("vgg"),
     _model("vgg_aib", like_another=True),
@@ -113,4 +127,5 @@ MODELS = (
     _model("wrn_50_2_cub", like_another=True),
     _model("wrn_50_2_cub_aib", like_another=True),
     _model("wrn_50_2_cub_aib_qt", like_another=True),
+    Descriptor("attach_attention", _attached, (32, 32, 1)),
 )
