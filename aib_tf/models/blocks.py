@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from aib_tf.ops.batch_normalization import fused_batch_normalization
 from aib_tf.validation import check_count
 
 
@@ -22,6 +23,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Normalises, and in training updates the running statistics."""
         if not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
+        fused = None
+        if mask is None and self.axis in (-1, 3) and self.scale and self.center and not self.synchronized:
+            fused = fused_batch_normalization(inputs, self.gamma, self.beta, self.epsilon)
+        if fused is not None:
+            outputs, mean, variance = fused
+            self._move(self.moving_mean, mean)
+            self._move(self.moving_variance, variance)
+            return ops.cast(outputs, self.compute_dtype)
         before = ops.copy(self.moving_variance)
         outputs = super().call(inputs, training=training, mask=mask)
         count = ops.cast(ops.prod(ops.shape(inputs)) // inputs.shape[self.axis], before.dtype)
@@ -29,6 +38,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         added = self.moving_variance - self.momentum * before
         self.moving_variance.assign(self.moving_variance + added / ops.maximum(count - 1.0, 1.0))
         return outputs
+
+    def _move(self, statistic, value):
+        statistic.assign(self.momentum * statistic + (1.0 - self.momentum) * ops.cast(value, statistic.dtype))
 
 
 @keras.saving.register_keras_serializable(package="aib_tf")

@@ -3,12 +3,13 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import aib_tf
 from aib_tf.models.blocks import AdaptiveAveragePooling2D, BatchNormalization
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 5, 4), (1, 1, 1, 4)])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 5, 4), (7, 1, 1, 4), (1, 1, 1, 4)])
 def test_running_variance_is_unbiased_and_normalisation_is_not(shape):
     values = np.random.default_rng(0).normal(2.0, 3.0, shape).astype("float32")
     layer = BatchNormalization()
@@ -20,6 +21,30 @@ def test_running_variance_is_unbiased_and_normalisation_is_not(shape):
     np.testing.assert_allclose(layer.moving_mean, 0.1 * mean, rtol=1e-4)
     unbiased = biased * count / max(count - 1, 1)
     np.testing.assert_allclose(layer.moving_variance, 0.9 + 0.1 * unbiased, rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fused_kernel_gives_the_statistics_of_the_plain_way_also_under_xla(jit_compile, monkeypatch):
+    values = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 3, 4)).astype("float32")
+    weights = tf.reshape(tf.range(72.0), values.shape)
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr("aib_tf.models.blocks.fused_batch_normalization", lambda *arguments: None)
+        layer = BatchNormalization(gamma_initializer=keras.initializers.RandomUniform(0, 1, seed=1))
+        layer.build(values.shape)
+
+        @tf.function(jit_compile=jit_compile)
+        def step(layer=layer):
+            with tf.GradientTape() as tape:
+                tape.watch(x := tf.constant(values))
+                output = layer(x, training=True)
+                loss = tf.reduce_sum(output * weights)
+            return output, *tape.gradient(loss, [x, layer.gamma.value, layer.beta.value])
+
+        results.append([*step(), layer.moving_mean, layer.moving_variance])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_frozen_normalisation_keeps_its_statistics():
