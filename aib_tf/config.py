@@ -7,9 +7,12 @@ carry a run through a JSON file.
 import dataclasses
 import secrets
 
+from aib_tf.layers.pay_attention import COMPATIBILITIES, NORMALIZATIONS
 from aib_tf.losses import check_kl_form
+from aib_tf.models.overrides import INITIALIZERS
+from aib_tf.models.pay_attention import COMBINATIONS, POSITIONS
 from aib_tf.ops.nearest_anchor import MAX_ANCHORS
-from aib_tf.validation import check_choice, check_count, check_weight
+from aib_tf.validation import check_choice, check_count, check_rate, check_weight
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine", "steps")
@@ -19,26 +22,36 @@ SELECT_ON = ("validation", "test")
 
 # What `objective` sets unless a flag says otherwise: the formula of the paper, or what the released code computes.
 OBJECTIVES = {
-    "formula": {
+    "paper": {
         "kl": "closed_form",
         "kl_weight": 1.0,
         "beta_warmup_epochs": 1.0,
         "anchor_learning_rate_ratio": 1e-4,
         "anchor_weight_decay": False,
+        "initializers": "default",
         "select_on": "validation",
         "samples": 0,
         "seed": 0,
     },
     "reference": {
         "kl": "reference",
-        "kl_weight": 0.5,  # its VGG; 1 in its other networks
+        "kl_weight": 0.5,
         "beta_warmup_epochs": 0.0,
         "anchor_learning_rate_ratio": 1e-4,
         "anchor_weight_decay": True,
+        "initializers": "released",
         "select_on": "test",
         "samples": 4,
         "seed": None,  # drawn
     },
+}
+# Where the released code of other networks than its VGG for small images differs.
+_REFERENCE_OF = {
+    "wrn_": {"kl_weight": 1.0},
+    "vgg_att": {"samples": 0},
+    # Its anchors stay at linspace.
+    "vgg16_cub": {"kl_weight": 1.0, "samples": 12, "anchor_learning_rate_ratio": 0.0, "anchor_weight_decay": False},
+    "wrn_50_2_cub": {"kl_weight": 1.0, "samples": 12, "anchor_learning_rate_ratio": 0.0, "anchor_weight_decay": False},
 }
 
 
@@ -53,13 +66,35 @@ class ModelConfig:
 
     name: str = _setting("vgg_aib_qt", "Name of the model.", flag="model")
     width: float = _setting(1.0, "Factor for all numbers of channels; 1 is the network of the paper.")
-    latent_dim: int = _setting(256, "K, dimensions of the latent.")
+    latent_dim: int | None = _setting(
+        None,
+        "K, dimensions of the latent; by default the released code's: 512 in a WideResNet for small images, else 256.",
+    )
     num_anchors: int = _setting(20, "Q, anchors of the quantizer.")
+    dropout: float = _setting(0.0, "Rate of dropout between the convolutions of a WideResNet's blocks.")
+    initializers: str | None = _setting(
+        None, f"How weights start, one of {', '.join(INITIALIZERS)} (a VGG's attention head and normalisation differ)."
+    )
+    weights: str | None = _setting(
+        None, "ImageNet weights for the backbone of a CUB model: imagenet fetches torchvision's, or a path to the file."
+    )
+    attention: str = _setting("pc", f"Compatibility of vgg_att2 and vgg_att3, one of {', '.join(COMPATIBILITIES)}.")
+    combine: str = _setting("concat", f"How their depths are combined, one of {', '.join(COMBINATIONS)}.")
+    position: str = _setting("before", f"Whether they attend before or after pooling, one of {', '.join(POSITIONS)}.")
+    normalize: str = _setting("softmax", f"How their scores are normalised, one of {', '.join(NORMALIZATIONS)}.")
 
     def __post_init__(self):
         check_weight("width", self.width, positive=True)
-        check_count("latent_dim", self.latent_dim)
+        if self.latent_dim is not None:
+            check_count("latent_dim", self.latent_dim)
         check_count("num_anchors", self.num_anchors, maximum=MAX_ANCHORS)
+        check_rate("dropout", self.dropout)
+        if self.initializers is not None:
+            check_choice("initializers", self.initializers, INITIALIZERS)
+        check_choice("attention", self.attention, COMPATIBILITIES)
+        check_choice("combine", self.combine, COMBINATIONS)
+        check_choice("position", self.position, POSITIONS)
+        check_choice("normalize", self.normalize, NORMALIZATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +102,9 @@ class ObjectiveConfig:
     """The loss: CE + beta * KL + codebook + commitment, all in bits."""
 
     objective: str = _setting(
-        "formula",
-        "formula or reference (what the released code computes): the default of kl, kl_weight, "
-        "beta_warmup_epochs, anchor_learning_rate_ratio, anchor_weight_decay, select_on, samples and seed.",
+        "paper",
+        "paper (its formula) or reference (what the released code computes): the default of kl, kl_weight, "
+        "beta_warmup_epochs, anchor_learning_rate_ratio, anchor_weight_decay, initializers, select_on, samples, seed.",
     )
     beta: float = _setting(0.01, "Weight of the rate.")
     beta_warmup_epochs: float | None = _setting(None, "Epochs in which the weight of the rate grows linearly from 0.")
@@ -115,6 +150,13 @@ class OptimizationConfig:
     decay_at: tuple[int, ...] = _setting((), "With schedule=steps: after these numbers of epochs.")
     warmup_learning_rates: tuple[float, ...] = _setting((), "Learning rates of the first epochs, one each.")
     weight_decay: float = _setting(0.0, "L2 penalty, added to the gradient as PyTorch does.")
+    decoupled_weight_decay: bool = _setting(
+        False, "Shrink the weights by weight_decay times the learning rate apart from the gradient, as in AdamW."
+    )
+    adam_beta_1: float = _setting(0.9, "With optimizer=adam: decay rate of the mean of the gradients.")
+    ema_momentum: float = _setting(
+        0.0, "Momentum of a moving average of the weights, which then is what is evaluated and kept; 0 for none."
+    )
     anchor_learning_rate_ratio: float | None = _setting(None, "Learning rate of the anchors, relative to the others'.")
     anchor_weight_decay: bool | None = _setting(None, "Whether weight_decay applies to the anchors.")
     epochs: int = _setting(4, "Passes over the training images.")
@@ -127,6 +169,8 @@ class OptimizationConfig:
         check_weight("learning_rate", self.learning_rate, positive=True)
         check_weight("decay_factor", self.decay_factor, positive=True)
         check_weight("weight_decay", self.weight_decay)
+        check_rate("adam_beta_1", self.adam_beta_1)
+        check_rate("ema_momentum", self.ema_momentum)
         for epoch in self.decay_at:
             check_count("decay_at", epoch)
         for rate in self.warmup_learning_rates:
@@ -164,7 +208,10 @@ class Config:
     deterministic: bool = _setting(False, "Bit for bit the same run each time; slower on a GPU.")
     precision: str = _setting("float32", f"Keras dtype policy, one of {', '.join(PRECISIONS)}.")
     jit_compile: str = _setting("auto", f"XLA, one of {', '.join(JIT_COMPILE)}.")
-    select_on: str | None = _setting(None, "Split that chooses the best checkpoint: validation or test.")
+    select_on: str | None = _setting(
+        None,
+        "Split that chooses the best checkpoint: validation, or test, which then trains on the validation images too.",
+    )
     samples: int | None = _setting(
         None, "Attention maps and latents drawn for each image when the trained model is measured; 0 takes the means."
     )
@@ -181,7 +228,11 @@ class Config:
 
     def resolved(self):
         """Returns a `Config` in which every value is set; a seed that is left to chance is drawn."""
-        values = OBJECTIVES[self.objective.objective]
+        values = dict(OBJECTIVES[self.objective.objective])
+        if self.objective.objective == "reference":
+            for prefix, others in _REFERENCE_OF.items():
+                if self.model.name.startswith(prefix):
+                    values |= others
         seed = values["seed"] if values["seed"] is not None else secrets.randbelow(2**31)
         flat = flatten(self)
         defaults = {**values, "seed": seed}

@@ -27,7 +27,7 @@ _SHOWN_PIXELS = 256  # side of a person's picture in the figure
 def main(arguments):
     run, config = command_line.open_run(_RUN.value, _DATA_DIR.value)
     model = run.load_best()
-    if model.attention is None:
+    if not model.attention_names:
         raise ValueError(f"{config.model.name} has no attention to draw. Received: run={_RUN.value}")
     files = [*_IMAGES.value, *arguments]
     default = run.path / ("pictures.png" if files else f"attention_{_SPLIT.value}.png")
@@ -68,7 +68,7 @@ def draw_pictures(model, info, files, output):
     classes = [info.class_names[number] for number in probabilities.argmax(-1)]
     figure = visualization.attention_grid(
         np.stack(shown).reshape(len(shown), *shown[0].shape[:2], channels),
-        explanation["attention_mean"],
+        explanation[model.attention_names[-1]],
         explanation["attention_quantized"][0] if "attention_quantized" in explanation else None,
         titles=[f"{name}\n{label}" for name, label in zip(names, classes, strict=True)],
     )

@@ -23,7 +23,7 @@ def test_flatten_is_the_inverse_of_from_flat():
     assert Config.from_flat(config.flatten(original)) == original
 
 
-def test_formula_resolves_to_the_documented_defaults():
+def test_the_paper_s_formula_resolves_to_the_documented_defaults():
     flat = config.flatten(Config().resolved())
     assert flat["kl"] == "closed_form"
     assert flat["kl_weight"] == 1.0
@@ -42,6 +42,23 @@ def test_reference_sets_what_the_released_code_does_and_draws_a_seed():
     assert flat["anchor_weight_decay"] is True
     assert flat["beta_warmup_epochs"] == 0.0
     assert len({config.flatten(reference.resolved())["seed"] for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("vgg_aib_qt", (0.5, 4, 1e-4, True)),
+        ("wrn_28_10_aib_qt", (1.0, 4, 1e-4, True)),
+        ("vgg16_cub_aib_qt", (1.0, 12, 0.0, False)),  # whose anchors stay where they begin
+        ("wrn_50_2_cub_aib_qt", (1.0, 12, 0.0, False)),
+        ("vgg_att3", (0.5, 0, 1e-4, True)),  # which has nothing to sample
+    ],
+)
+def test_reference_is_that_of_the_network(model, expected):
+    flat = config.flatten(Config.from_flat({"objective": "reference", "model": model}).resolved())
+    names = ("kl_weight", "samples", "anchor_learning_rate_ratio", "anchor_weight_decay")
+    assert tuple(flat[name] for name in names) == expected
+    assert flat["initializers"] == "released"
 
 
 def test_a_value_that_was_given_wins_over_the_objective():
@@ -64,7 +81,15 @@ def test_differences_name_flags_and_values_and_leave_out_where_the_data_lies():
         ({"width": 0.0}, "width=0.0"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"kl": "exact"}, "closed_form, reference. Received: kl='exact'"),
-        ({"objective": "paper"}, "formula, reference. Received: objective='paper'"),
+        ({"objective": "formula"}, "paper, reference. Received: objective='formula'"),
+        ({"dropout": 1.0}, "from 0 to below 1. Received: dropout=1.0"),
+        ({"ema_momentum": 1.0}, "ema_momentum=1.0"),
+        ({"adam_beta_1": -0.5}, "adam_beta_1=-0.5"),
+        ({"initializers": "theirs"}, "default, released. Received: initializers='theirs'"),
+        ({"attention": "cosine"}, "pc, dp. Received: attention='cosine'"),
+        ({"combine": "sum"}, "combine='sum'"),
+        ({"position": "between"}, "position='between'"),
+        ({"normalize": "none"}, "normalize='none'"),
         ({"optimizer": "lion"}, "adam, sgd. Received: optimizer='lion'"),
         ({"schedule": "steps"}, "decay_every"),
         ({"schedule": "cosine", "decay_every": 5}, "decay_every=5"),

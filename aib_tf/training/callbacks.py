@@ -1,5 +1,6 @@
 """Keras callbacks of a training run; `BetaWarmup` serves `model.fit` in general."""
 
+import contextlib
 import logging
 import math
 import signal
@@ -62,6 +63,38 @@ class BetaWarmup(keras.callbacks.Callback):
             layer.warmup.assign(factor)
         if factor == 1.0:
             self._bottlenecks = []
+
+
+@contextlib.contextmanager
+def averaged_weights(model):
+    """Puts the optimizer's moving average of the weights, if it keeps one, in their place for a while."""
+    optimizer = model.optimizer
+    # Under mixed_float16, Keras wraps the optimizer in one that scales the loss.
+    if not getattr(optimizer, "inner_optimizer", optimizer).use_ema:
+        yield
+        return
+    variables = model.trainable_variables
+    weights = [keras.ops.copy(variable) for variable in variables]
+    optimizer.finalize_variable_values(variables)
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, weights, strict=True):
+            variable.assign(value)
+
+
+class AveragedWeights(keras.callbacks.Callback):
+    """Validates with the moving average of the weights where the optimizer keeps one."""
+
+    def __init__(self):
+        super().__init__()
+        self._swapped = contextlib.ExitStack()
+
+    def on_test_begin(self, logs=None):
+        self._swapped.enter_context(averaged_weights(self.model))
+
+    def on_test_end(self, logs=None):
+        self._swapped.close()
 
 
 class StopAtNonFinite(keras.callbacks.Callback):
@@ -141,7 +174,7 @@ class Recorder(keras.callbacks.Callback):
         earlier = [row[self.monitor] for row in self.progress.rows[:-1]]
         highest = best["value"] if best else max(earlier, default=-math.inf)
         if value > highest or not self.run.best_file.exists():
-            with files.replacing(self.run.best_file) as path:
+            with files.replacing(self.run.best_file) as path, averaged_weights(self.model):
                 self.model.save(path)
             files.write_json(self.run.best_info_file, {"epoch": epoch, "monitor": self.monitor, "value": value})
 

@@ -8,10 +8,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from aib_tf import data, evaluation, files, losses, metrics, models, visualization
-from aib_tf.training.callbacks import BetaWarmup, Recorder, StopAtNonFinite, StopRequest, StopWhenAsked
+from aib_tf import convert, data, evaluation, files, losses, metrics, models, visualization
+from aib_tf.training.callbacks import AveragedWeights, BetaWarmup, Recorder, StopAtNonFinite, StopRequest, StopWhenAsked
 from aib_tf.training.optimizers import learning_rate_schedule, make_optimizer
-from aib_tf.training.results import MEASURING_BATCH, draw_attention, measure
+from aib_tf.training.results import draw_attention, measure, measuring_batch
 from aib_tf.training.run import Run
 from aib_tf.training.tensorboard import TensorBoardLogs
 
@@ -32,14 +32,14 @@ def fit(config, output_dir, verbose=1):
         The history: dict name -> list with a number for each epoch, "val_" before those of the selection split.
 
     Raises:
-        ValueError: for an unknown model or data set, before anything is written.
+        ValueError: for an unknown model or data set, or weights that do not fit, before anything is written.
         RunMismatchError: if the folder holds a run with another config.
         DatasetUnavailableError: if the images are not there and cannot be fetched.
         NonFiniteLossError: if the loss becomes NaN or infinite; what was saved stays.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving.
     """
     run = Run(output_dir)
-    config = run.resolve(_with_absolute_folder(config))
+    config = run.resolve(_with_absolute_paths(config))
     if run.metrics_file.exists() and run.best_file.exists() and run.history_file.exists():
         _logger.info("This run is finished. Its results are in %s.", run.metrics_file)
         return run.read_history()
@@ -48,8 +48,13 @@ def fit(config, output_dir, verbose=1):
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     model = _build(config, info)
-    batches = data.batches_per_epoch(config.data.name, "train", config.data.batch_size, config.data.data_dir)
+    batches = data.batches_per_epoch(
+        config.data.name, _training_split(config), config.data.batch_size, config.data.data_dir
+    )
     _compile(model, config, info, batches)
+    if config.model.weights is not None:
+        source = convert.fetch_imagenet(model) if config.model.weights == "imagenet" else config.model.weights
+        convert.load_backbone(source, model)
     with run.locked():
         run.create(config)
         progress = run.checkpoints.restore(model)
@@ -70,12 +75,19 @@ def fit(config, output_dir, verbose=1):
     return run.read_history()
 
 
-def _with_absolute_folder(config):
+def _with_absolute_paths(config):
     """The config as it has to stand in the run folder, which is read from other working directories."""
-    folder = config.data.data_dir
-    if folder is None or "://" in folder:
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=os.path.abspath(folder)))
+    folder, weights = config.data.data_dir, config.model.weights
+    if folder is not None and "://" not in folder:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=os.path.abspath(folder)))
+    if weights not in (None, "imagenet"):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=os.path.abspath(weights)))
+    return config
+
+
+def _training_split(config):
+    """The images to train on: where none are needed to choose a checkpoint, those of validation too."""
+    return "train+validation" if config.select_on == "test" else "train"
 
 
 def _build(config, info):
@@ -89,6 +101,12 @@ def _build(config, info):
             width=config.model.width,
             latent_dim=config.model.latent_dim,
             num_anchors=config.model.num_anchors,
+            dropout=config.model.dropout,
+            initializers=config.model.initializers,
+            attention=config.model.attention,
+            combine=config.model.combine,
+            position=config.model.position,
+            normalize=config.model.normalize,
             beta=config.objective.beta,
             kl=config.objective.kl,
             kl_weight=config.objective.kl_weight,
@@ -118,7 +136,7 @@ def _train(model, config, info, run, progress, batches, verbose):
     epochs = config.optimization.epochs
     stream = data.training_batches(
         source.name,
-        "train",
+        _training_split(config),
         source.batch_size,
         first_epoch=progress.epoch,
         skip_batches=progress.batch,
@@ -127,11 +145,12 @@ def _train(model, config, info, run, progress, batches, verbose):
         augment=source.augment,
         data_dir=source.data_dir,
     )
-    selection = data.load(source.name, config.select_on, MEASURING_BATCH, source.data_dir)
+    selection = data.load(source.name, config.select_on, measuring_batch(info), source.data_dir)
     pictures = next(iter(data.load(source.name, config.select_on, 8, source.data_dir, normalize=False)))[0].numpy()
     learning_rate = learning_rate_schedule(config.optimization, batches)
     stop = StopRequest()
     callbacks = [
+        AveragedWeights(),
         BetaWarmup(round(config.objective.beta_warmup_epochs * batches)),
         StopAtNonFinite(),
         Recorder(run, progress, batches, _MONITOR, learning_rate, stop),
@@ -176,7 +195,7 @@ def _finish(run, config, last_model, progress):
         files.write_json(run.best_info_file, {"epoch": row["epoch"], "monitor": _MONITOR, "value": row[_MONITOR]})
     model = run.load_best()
     visualization.save_figure(visualization.training_curves(run.read_history()), run.curves_file)
-    if model.attention is not None:
+    if model.attention_names:
         draw_attention(model, config, run.attention_file)
     results = measure(model, config)
     best = run.best or max(

@@ -22,6 +22,8 @@ class _AnchorGroup:
         self._anchor_indices = frozenset(
             index for index, variable in enumerate(variables) if variable.path.split("/")[-1] == "anchors"
         )
+        if self.weight_decay and not self.anchor_weight_decay and not self.built:
+            self.exclude_from_weight_decay(var_list=[variables[index] for index in self._anchor_indices])
         super().build(variables)
 
     def update_step(self, gradient, variable, learning_rate):
@@ -70,8 +72,8 @@ class SGD(_AnchorGroup, _TorchSGD):
         l2: coupled weight decay: l2 * variable is added to the gradient before the momentum, where Keras's
             `weight_decay` shrinks the variable apart from it.
         anchor_learning_rate_ratio: factor of the learning rate for weights named "anchors".
-        anchor_weight_decay: whether `l2` applies to them.
-        **kwargs: as for `keras.optimizers.SGD`.
+        anchor_weight_decay: whether `l2` and `weight_decay` apply to them.
+        **kwargs: as for `keras.optimizers.SGD`; its `weight_decay` is the decoupled one.
     """
 
     def __init__(
@@ -97,8 +99,8 @@ class Adam(_AnchorGroup, keras.optimizers.Adam):
         learning_rate: number or `keras.optimizers.schedules.LearningRateSchedule`.
         l2: coupled weight decay, added to the gradient as l2 * variable.
         anchor_learning_rate_ratio: factor of the learning rate for weights named "anchors".
-        anchor_weight_decay: whether `l2` applies to them.
-        **kwargs: as for `keras.optimizers.Adam`.
+        anchor_weight_decay: whether `l2` and `weight_decay` apply to them.
+        **kwargs: as for `keras.optimizers.Adam`; its `weight_decay` is the decoupled one.
     """
 
     def __init__(
@@ -115,12 +117,18 @@ class Adam(_AnchorGroup, keras.optimizers.Adam):
 
 def make_optimizer(config, steps_per_epoch):
     """Makes the optimizer that an `aib_tf.config.OptimizationConfig`, resolved, describes."""
-    kind = {"adam": Adam, "sgd": SGD}[config.optimizer]
+    kind, arguments = {"adam": (Adam, {"beta_1": config.adam_beta_1}), "sgd": (SGD, {})}[config.optimizer]
+    if config.decoupled_weight_decay:
+        arguments["weight_decay"] = config.weight_decay
+    else:
+        arguments["l2"] = config.weight_decay
+    if config.ema_momentum:
+        arguments |= {"use_ema": True, "ema_momentum": config.ema_momentum}
     return kind(
         learning_rate_schedule(config, steps_per_epoch),
-        l2=config.weight_decay,
         anchor_learning_rate_ratio=config.anchor_learning_rate_ratio,
         anchor_weight_decay=config.anchor_weight_decay,
+        **arguments,
     )
 
 

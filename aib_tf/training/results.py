@@ -4,7 +4,13 @@ import numpy as np
 
 from aib_tf import data, evaluation, visualization
 
-MEASURING_BATCH = 250  # images in a batch outside of training; no result depends on it
+_MEASURED_PIXELS = 32 * 224 * 224  # of a batch outside of training: 32 images for ImageNet, 250 of 32x32
+
+
+def measuring_batch(info):
+    """Images in a batch outside of training, as many as fit into little memory; no result depends on it."""
+    height, width, _ = info.image_shape
+    return max(1, min(250, _MEASURED_PIXELS // (height * width)))
 
 
 def measure(model, config, split="test", samples=None, suites=None):
@@ -21,7 +27,8 @@ def measure(model, config, split="test", samples=None, suites=None):
         What `aib_tf.evaluation.evaluate` returns.
     """
     fields = _fields(config, "image", "label", "bbox", "mask")
-    images = data.load(config.data.name, split, MEASURING_BATCH, config.data.data_dir, fields=fields)
+    batch = measuring_batch(data.get(config.data.name))
+    images = data.load(config.data.name, split, batch, config.data.data_dir, fields=fields)
     samples = config.resolved().samples if samples is None else samples
     return evaluation.evaluate(model, images, suites=suites, samples=samples)
 
@@ -57,7 +64,7 @@ def attention_figure(model, pictures, images, **titles):
     """Draws the attention of a model for images.
 
     Args:
-        model: an `AIBClassifier` with attention.
+        model: a model with attention; of several maps, the deepest is drawn.
         pictures: uint8 images (B, H, W, channels).
         images: the same, normalised as the model takes them.
         **titles: `labels`, `class_names`, `boxes` or `titles` of `aib_tf.visualization.attention_grid`.
@@ -69,7 +76,7 @@ def attention_figure(model, pictures, images, **titles):
     quantized = explanation.get("attention_quantized")
     return visualization.attention_grid(
         pictures,
-        explanation["attention_mean"],
+        explanation[model.attention_names[-1]],
         quantized[0] if quantized is not None else None,
         predictions=explanation["logits"].argmax(-1),
         **titles,

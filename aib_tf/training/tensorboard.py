@@ -34,9 +34,9 @@ class TensorBoardLogs(keras.callbacks.Callback):
                 split, name = ("validation", name[4:]) if name.startswith("val_") else ("train", name)
                 tf.summary.scalar(f"{name}/{split}", value)
             tf.summary.scalar("learning_rate", self.rows[-1]["learning_rate"])
-            if self.model.quantizer is not None:
+            if getattr(self.model, "quantizer", None) is not None:
                 tf.summary.histogram("anchors", self.model.quantizer.anchors.value)
-            if self.model.attention is not None:
+            if self.model.attention_names:
                 figure = attention_figure(self.model, self.pictures, self.images)
                 tf.summary.image("attention", visualization.figure_to_array(figure)[None])
             history = {name: [row[name] for row in self.rows] for name in self.rows[0]}

@@ -6,6 +6,7 @@ import pytest
 
 from aib_tf.config import OptimizationConfig
 from aib_tf.training import SGD, Adam, learning_rate_schedule
+from aib_tf.training.optimizers import make_optimizer
 
 GRADIENTS = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
 
@@ -71,6 +72,43 @@ def test_adam_with_l2_is_that_of_pytorch_and_moves_anchors_at_their_own_rate():
     kernel, anchors = trained(Adam(0.01, l2=0.3, anchor_learning_rate_ratio=0.01))
     np.testing.assert_allclose(kernel, torch_adam(0.01, 0.3), rtol=1e-4)
     np.testing.assert_allclose(anchors, torch_adam(0.0001, 0.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("spared", [True, False])
+def test_decoupled_weight_decay_shrinks_by_the_learning_rate_apart_from_momentum(spared):
+    def decoupled_sgd(decay):
+        value, buffer = np.float64([1, -2, 3, -4]), np.zeros(4)
+        for gradient in GRADIENTS:
+            buffer = 0.9 * buffer + gradient
+            value = value - 0.1 * decay * value - 0.1 * buffer
+        return value
+
+    kernel, anchors = trained(SGD(0.1, weight_decay=0.5, anchor_weight_decay=not spared))
+    np.testing.assert_allclose(kernel, decoupled_sgd(0.5), rtol=1e-5)
+    np.testing.assert_allclose(anchors, decoupled_sgd(0.0 if spared else 0.5), rtol=1e-5)
+
+
+def test_flags_choose_between_coupled_and_decoupled_decay_and_set_the_rest():
+    settings = {"weight_decay": 0.5, "anchor_learning_rate_ratio": 1.0, "anchor_weight_decay": False}
+    coupled = make_optimizer(OptimizationConfig(**settings), 10)
+    assert (coupled.l2, coupled.weight_decay, coupled.use_ema) == (0.5, None, False)
+    settings |= {"decoupled_weight_decay": True, "adam_beta_1": 0.5, "ema_momentum": 0.99}
+    decoupled = make_optimizer(OptimizationConfig(**settings), 10)
+    assert (decoupled.l2, decoupled.weight_decay, decoupled.beta_1) == (0.0, 0.5, 0.5)
+    assert (decoupled.use_ema, decoupled.ema_momentum) == (True, 0.99)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_moving_average_is_that_of_the_weights_after_each_step(kind):
+    optimizer = kind(0.1, use_ema=True, ema_momentum=0.5)
+    kernel, anchors = variables()
+    optimizer.build([kernel, anchors])
+    average = None
+    for gradient in GRADIENTS:
+        optimizer.apply([gradient, gradient], [kernel, anchors])
+        average = np.asarray(kernel) if average is None else 0.5 * average + 0.5 * np.asarray(kernel)
+    optimizer.finalize_variable_values([kernel, anchors])
+    np.testing.assert_allclose(np.asarray(kernel), average, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])
