@@ -80,6 +80,7 @@ def _flags_of(module):
 
 
 def _guarded(main, arguments):
+    from aib_tf.convert import CheckpointError
     from aib_tf.data import DatasetUnavailableError
     from aib_tf.evaluation import UnavailableError
     from aib_tf.training import NonFiniteLossError, RunMismatchError, TrainingInterrupted
@@ -97,7 +98,7 @@ def _guarded(main, arguments):
         if isinstance(error, DatasetUnavailableError) or error.filename is None:
             _fail(str(error), code=1)
         _fail(f"{error.strerror}: {error.filename}", code=1)
-    except (NonFiniteLossError, RunMismatchError, UnavailableError) as error:
+    except (CheckpointError, NonFiniteLossError, RunMismatchError, UnavailableError) as error:
         _fail(str(error), code=1)
     except (ValueError, TypeError) as error:
         # Errors of our own name what they received; any other is a defect, and its traceback helps to find it.

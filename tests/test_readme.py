@@ -25,7 +25,9 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "custom_ops/README.md",
+    "docs/addons.md",
     "docs/method.md",
+    "docs/pytorch.md",
     "docs/results/README.md",
     "docs/results/nearest_anchor.md",
 ]
@@ -55,5 +57,8 @@ def test_flags_in_the_readme_are_flags_of_the_scripts():
         "logdir",
         "help",
         "samples",
+        "checkpoint",
+        "keras",
+        "output",
     }
     assert set(re.findall(r"--([a-z_]+)", README)) <= known
