@@ -181,7 +181,8 @@ class AIBClassifier(keras.Model):
 
 def _modulate(features, attention):
     """F + F * A: attention strengthens features and never erases them (Lai et al., 2021)."""
-    return features + features * attention
+    # A backbone may have another dtype policy than the attention.
+    return features + features * ops.cast(attention, features.dtype)
 
 
 def _repeat(x, times):

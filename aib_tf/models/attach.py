@@ -1,6 +1,7 @@
 """Attention with a bottleneck on any functional Keras model."""
 
 import difflib
+from typing import NamedTuple
 
 import keras
 
@@ -34,12 +35,14 @@ def attach_attention(backbone, layer, classes, quantize=False, head=None, name=N
 
     Args:
         backbone: functional or sequential model with one input (B, H, W, channels) and one output, such as those of
-            keras.applications with include_top=False. Give it the weights to start with ("imagenet", or a path), and
-            the model images that are prepared for it.
+            keras.applications with include_top=False (with its classifier, the probabilities of its classes are what
+            the bottleneck reads). Give it the weights to start with ("imagenet", or a path), and the model images that
+            are prepared for it.
         layer: name of the layer whose output (B, h, w, C) attention reads. No path may lead around it.
         classes: number of classes, at least 2.
         quantize: whether attention scores go to learnable anchors.
-        head: layer from F to raw scores (B, h, w, 1); None for that of `VariationalSpatialAttention`.
+        head: layer from F to raw scores (B, h, w, 1), which the model then shares with who gave it; None for that of
+            `VariationalSpatialAttention`.
         name: name of the model; by default that of the backbone with "_attention".
         **overrides: latent_dim (256), num_anchors (20), beta, kl, kl_weight, codebook_weight, commitment_weight and
             seed, as for `build`.
@@ -61,10 +64,8 @@ def attach_attention(backbone, layer, classes, quantize=False, head=None, name=N
     options = Overrides.of(overrides, _OVERRIDES)
     check_count("classes", classes, minimum=2)
     _check_backbone(backbone)
-    _check_cut(backbone, layer)
-    copy = keras.models.clone_model(backbone)
-    copy.set_weights(backbone.get_weights())
-    cut = copy.get_layer(layer).output
+    copy, calls = _copy(backbone)
+    cut = _tensor_of(layer, backbone.name, _cuts(copy, calls), [call.operation.name for call in calls])
     features = keras.Model(copy.inputs[0], cut, name="features")
     encoder = _encoder(copy, cut)
     seeds = Seeds(options.seed)
@@ -109,55 +110,73 @@ def _check_backbone(backbone):
         )
 
 
-def _check_cut(backbone, name):
-    """Raises ValueError unless everything that reaches the output goes through the layer."""
-    names = [layer.name for layer in backbone.layers]
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=5, cutoff=0.4)
-        hint = f"near names are {', '.join(near)}" if near else f"the last ones are {', '.join(names[-5:])}"
-        raise ValueError(f"{backbone.name!r} has no such layer; {hint}. Received: layer={name!r}")
-    cuts = _cuts(backbone)
-    if name not in cuts:
-        order = {other: position for position, other in enumerate(names)}
-        near = sorted(sorted(cuts, key=lambda other: abs(order[other] - order[name]))[:5], key=order.get)
-        raise ValueError(
-            f"Paths lead around {name!r} to the output, or it gives no map (batch, height, width, channels): attention "
-            f"there would not see all. Layers near it that would do: {', '.join(near) or 'none'}. "
-            f"Received: layer={name!r}"
+class _Call(NamedTuple):
+    """A layer or operation at work in a functional model, with the tensors that it read and made."""
+
+    operation: keras.Operation
+    read: list
+    output: object
+
+
+def _copy(backbone):
+    """Returns a copy of a functional model with the same weights, and its calls in order."""
+    calls = []
+
+    def call(operation, *arguments, **keywords):
+        output = operation(*arguments, **keywords)
+        calls.append(_Call(operation, _tensors((arguments, keywords)), output))
+        return output
+
+    # A subclass of a functional model may have a config of its own: its graph is what counts.
+    plain = keras.Model(backbone.inputs[0], backbone.outputs[0], name=backbone.name)
+    copy = keras.models.clone_model(plain, call_function=call)
+    copy.set_weights(plain.get_weights())
+    for layer in copy._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # set_weights alone leaves what it computes with
+    return copy, calls
+
+
+def _cuts(copy, calls):
+    """Dict from the names of layers where the model can be cut to their outputs.
+
+    There every path from the input to the output goes through the layer's map, and no layer is at work on both sides.
+    """
+    last_read = {id(tensor): position for position, call in enumerate(calls) for tensor in call.read}
+    last_read[id(copy.outputs[0])] = len(calls)
+    last_call = {id(call.operation): position for position, call in enumerate(calls)}
+    open_until = last_read.get(id(copy.inputs[0]), -1)
+    cuts = {}
+    for position, call in enumerate(calls):
+        open_until = max(open_until, last_call[id(call.operation)])
+        is_map = (
+            isinstance(call.operation, keras.layers.Layer)
+            and isinstance(call.output, keras.KerasTensor)
+            and len(call.output.shape) == 4
+            and call.output.shape[-1] is not None
         )
-
-
-def _cuts(backbone):
-    """Names of the layers that give a map and that every path from the input to the output goes through."""
-    order = {layer.name: position for position, layer in enumerate(backbone.layers)}
-    last_reader = dict.fromkeys(order, -1)
-    inputs = {layer.name for layer in backbone.layers if isinstance(layer, keras.layers.InputLayer)}
-    if isinstance(backbone, keras.Sequential):
-        names = list(order)
-        last_reader = {name: position + 1 for position, name in enumerate(names)}
-    else:
-        for entry in backbone.get_config()["layers"]:
-            for read in _read_by(entry["inbound_nodes"]):
-                last_reader[read] = max(last_reader[read], order[entry["name"]])
-    cuts = []
-    open_until = -1
-    for name, position in order.items():
-        # Nothing that stands before this layer is read behind it.
-        shape = getattr(backbone.get_layer(name).output, "shape", ())
-        if open_until <= position and len(shape) == 4 and None not in shape[1:] and name not in inputs:
-            cuts.append(name)
-        open_until = max(open_until, last_reader[name])
+        # Nothing that was made before is read behind it.
+        if open_until <= position and is_map:
+            cuts[call.operation.name] = call.output
+        open_until = max([open_until, *(last_read.get(id(tensor), -1) for tensor in _tensors(call.output))])
     return cuts
 
 
-def _read_by(nodes):
-    """Names of the layers whose outputs a layer reads, out of the "inbound_nodes" of a functional model's config."""
-    if isinstance(nodes, dict):
-        if "keras_history" in nodes:
-            yield nodes["keras_history"][0]
-        else:
-            for value in nodes.values():
-                yield from _read_by(value)
-    elif isinstance(nodes, (list, tuple)):
-        for value in nodes:
-            yield from _read_by(value)
+def _tensor_of(layer, model, cuts, names):
+    """Returns the output of the layer to cut at; ValueError, which names others, if it is not one of `cuts`."""
+    if layer in cuts:
+        return cuts[layer]
+    if layer not in names:
+        near = difflib.get_close_matches(str(layer), names, n=5, cutoff=0.4)
+        hint = f"near names are {', '.join(near)}" if near else f"the last ones are {', '.join(names[-5:])}"
+        raise ValueError(f"{model!r} has no such layer; {hint}. Received: layer={layer!r}")
+    near = sorted(cuts, key=lambda other: abs(names.index(other) - names.index(layer)))[:5]
+    near = ", ".join(sorted(near, key=names.index)) or "none"
+    raise ValueError(
+        f"Paths lead around {layer!r} to the output, or it gives no map (batch, height, width, channels): attention "
+        f"there would not see all. Layers near it that would do: {near}. Received: layer={layer!r}"
+    )
+
+
+def _tensors(structure):
+    return [tensor for tensor in keras.tree.flatten(structure) if isinstance(tensor, keras.KerasTensor)]

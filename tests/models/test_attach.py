@@ -66,11 +66,62 @@ def test_applications_of_keras_work():
     assert logits.shape == (2, 5)
 
 
+def bare_operations(x):
+    y = keras.layers.Conv2D(8, 3, padding="same", name="a")(x)
+    y = keras.ops.relu(y) + 1.0
+    y = keras.layers.Conv2D(8, 3, padding="same", name="b")(y) * 0.5 + y
+    return keras.layers.Conv2D(8, 3, name="c")(y)
+
+
+def nested(x):
+    inner = keras.Sequential([keras.Input((16, 20, 3)), keras.layers.Conv2D(8, 3, name="inner")], name="b")
+    return keras.layers.Conv2D(8, 3, name="c")(inner(x))
+
+
+def normalized(x):
+    layer = keras.layers.Normalization()
+    layer.adapt(3 * images() + 1)
+    return keras.layers.Conv2D(8, 3, name="c")(keras.layers.Conv2D(8, 3, name="b")(layer(x)))
+
+
+@pytest.mark.parametrize("body", [bare_operations, nested, normalized])
+def test_backbones_of_all_kinds_keep_what_they_compute(body, tmp_path):
+    x = keras.Input((16, 20, 3))
+    backbone = keras.Model(x, body(x), name="mine")
+    layer = "a" if body is bare_operations else "b"
+    model = attach_attention(backbone, layer, classes=4, seed=0)
+    pooled = np.asarray(backbone(images())).mean((1, 2))
+    np.testing.assert_allclose(model.encoder(model.features(images())), pooled, rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded(images()), model(images()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_at_work_on_both_sides_is_no_place_to_cut():
+    x = keras.Input((16, 20, 3))
+    shared = keras.layers.Conv2D(3, 3, padding="same", name="shared")
+    y = keras.layers.Conv2D(3, 3, padding="same", name="between")(shared(x))
+    backbone = keras.Model(x, keras.layers.Conv2D(4, 3, name="last")(shared(y)))
+    with pytest.raises(ValueError, match=r"would do: shared, last\."):
+        attach_attention(backbone, "between", classes=4)
+    attach_attention(backbone, "shared", classes=4)  # its second work
+
+
+def test_a_backbone_of_unknown_size_and_of_another_precision_works():
+    x = keras.Input((None, None, 3))
+    y = keras.layers.Conv2D(8, 3, dtype="mixed_float16", name="a")(x)
+    backbone = keras.Model(x, keras.layers.Conv2D(8, 3, dtype="mixed_float16", name="b")(y))
+    model = attach_attention(backbone, "a", classes=4, seed=0)
+    assert model.explain(images(), samples=2)["attention"].shape == (2, 3, 14, 18)
+    assert model.explain(images()[:, :10])["attention_mean"].shape == (3, 8, 18)
+
+
 def test_sequential_models_work():
     backbone = keras.Sequential(
         [keras.Input((16, 20, 3)), keras.layers.Conv2D(4, 3, name="a"), keras.layers.Conv2D(5, 3, name="b")]
     )
     assert attach_attention(backbone, "a", classes=4)(images()).shape == (3, 4)
+    assert attach_attention(backbone, "b", classes=4)(images()).shape == (3, 4)
 
 
 @pytest.mark.parametrize(
