@@ -17,6 +17,11 @@ _KERAS = flags.DEFINE_string("keras", None, "The other way: the .keras file to r
 _OUTPUT = flags.DEFINE_string("output", None, "The file to write: .keras, or with --keras a checkpoint.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "Name of the model; by default what the checkpoint looks like.")
 _IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Height and width; by default those of the paper: 32 or 224.")
+_CLASSES = flags.DEFINE_integer("classes", None, "Number of classes, where the checkpoint does not show it.")
+_POSITION = flags.DEFINE_string(
+    "position", None, "Of vgg_att2 and vgg_att3, whose weights do not show it: see train.py."
+)
+_NORMALIZE = flags.DEFINE_string("normalize", None, "The same.")
 _EMA = flags.DEFINE_bool("ema", False, "Take the moving average of the weights that some checkpoints hold.")
 
 
@@ -28,6 +33,11 @@ def main(arguments):
             f"Give one of --checkpoint and --keras. Received: checkpoint={_CHECKPOINT.value}, keras={_KERAS.value}"
         )
     if _KERAS.value is not None:
+        given = [flag.name for flag in (_MODEL, _IMAGE_SIZE, _CLASSES, _POSITION, _NORMALIZE) if flag.value is not None]
+        if given or _EMA.value:
+            raise ValueError(
+                f"With --keras the file says everything. Received: {', '.join([*given, *['ema'] * _EMA.value])}"
+            )
         state = convert.to_pytorch(_load(_KERAS.value))
         convert.write_checkpoint(_OUTPUT.value, state)
         print(f"Wrote {len(state)} arrays to {_OUTPUT.value}.")
@@ -45,18 +55,21 @@ def main(arguments):
 def _build(state):
     """The model that the names and shapes of a state dict ask for."""
     likely = convert.looks_like(state)
-    if likely is None:
+    if likely is None and (_MODEL.value is None or _CLASSES.value is None):
         raise ValueError(
-            f"These arrays are of no network that aib_tf knows: {', '.join(list(state)[:5])} ... "
+            f"These arrays are of no network that aib_tf knows, or of a part of one: {', '.join(list(state)[:5])} ... "
+            "Name it with --model and --classes, and what does not fit is listed. "
             f"Received: checkpoint={_CHECKPOINT.value}"
         )
     name = _MODEL.value or likely.name
+    channels, classes, overrides = (likely.channels, likely.classes, likely.overrides) if likely else (3, None, {})
+    overrides |= {flag.name: flag.value for flag in (_POSITION, _NORMALIZE) if flag.value is not None}
     size = _IMAGE_SIZE.value or ([224, 224] if "_cub" in name else [32, 32])
     try:
         height, width = map(int, size)
     except ValueError:
         raise ValueError(f"`image_size` must be two integers, HEIGHT,WIDTH. Received: image_size={size}") from None
-    return models.build(name, (height, width, likely.channels), likely.classes, **likely.overrides)
+    return models.build(name, (height, width, channels), _CLASSES.value or classes, **overrides)
 
 
 def _load(path):

@@ -623,10 +623,23 @@ def _open_container(file) -> Iterator[_Zip | _Stream]:
             "This is a tar archive. Unpack it; or, if PyTorch before 0.1.10 wrote it, load and save it with PyTorch."
         )
     if head[:4] != b"PK\x03\x04" and head[:1] != pickle.PROTO:
+        file.seek(0)
+        try:
+            # A pickle of the oldest protocol begins like any text. What it asks for is worth a name.
+            _Interpreter(_refuse_storage).run(file)
+        except CheckpointError as error:
+            if "asks for" in str(error):
+                raise
+        except (ValueError, EOFError, IndexError, KeyError, struct.error):
+            pass
         raise CheckpointError("This is not a checkpoint: PyTorch's begin as a zip archive or a pickle does.")
     container = _Zip(file) if head[:2] == b"PK" else _Stream(file)
     with contextlib.closing(container):
         yield container
+
+
+def _refuse_storage(identity):
+    raise EOFError(identity)
 
 
 @contextlib.contextmanager

@@ -37,13 +37,13 @@ def of(model):
     Raises:
         ValueError: if there are none.
     """
-    base = names.architecture_of(model)
-    if base not in IMAGENET:
+    architecture = names.architecture_of(model)
+    if architecture not in IMAGENET:
         raise ValueError(
             f"ImageNet weights are for the backbones {', '.join(sorted(IMAGENET))}. "
             f"Received: model.name={getattr(model, 'name', model)!r}"
         )
-    return IMAGENET[base]
+    return IMAGENET[architecture]
 
 
 def fetch_imagenet(model):
@@ -66,8 +66,8 @@ def fetch_imagenet(model):
         path = keras.utils.get_file(file, url, cache_subdir="models")
     except Exception as error:  # Keras raises a bare one
         raise FileNotFoundError(
-            f"The ImageNet weights could not be fetched: {error}. Download {url} where there is a network, and name "
-            "the file. Received: weights='imagenet'"
+            f"The ImageNet weights could not be fetched: {error}. Download {url} where there is a network, and give "
+            "its path instead. Received: weights='imagenet'"
         ) from error
     digest = hashlib.sha256()
     with open(path, "rb") as opened:

@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from aib_tf.models import AIBClassifier, PayAttentionClassifier, registry
+from aib_tf.models import AIBClassifier, PayAttentionClassifier
 from aib_tf.models.pay_attention import pytorch_layers
 
 
@@ -27,13 +27,27 @@ UNUSED = {"wrn_50_2_cub": ("tmp_layer.",)}
 
 
 def architecture_of(model):
-    """The name of the plain backbone of a model that `aib_tf.models.build` made, such as "wrn_28_10", or None."""
-    if not isinstance(model, (AIBClassifier, PayAttentionClassifier)):
-        return None
-    try:
-        return registry.look_up(model.name)[0]
-    except ValueError:
-        return None
+    """Tells by its layers which network of `aib_tf.models.build` a model is, whatever it is called now.
+
+    Returns:
+        "vgg", "vgg16_cub", "wide_resnet", "wrn_50_2_cub" or "pay_attention"; None for another model.
+    """
+    if isinstance(model, PayAttentionClassifier):
+        return "pay_attention" if _has(model.features, "block6_conv2") else None
+    if isinstance(model, AIBClassifier):
+        if _has(model.features, "block3_pool") and _has(model.encoder, "block7_conv1"):
+            return "vgg"
+        if _has(model.features, "block5_conv3") and _has(model.encoder, "channels_first"):
+            return "vgg16_cub"
+        if _has(model.features, "group2_block1_conv1"):
+            return "wide_resnet"
+        if _has(model.features, "stage3_block6_conv1"):
+            return "wrn_50_2_cub"
+    return None
+
+
+def _has(network, name):
+    return any(layer.name == name for layer in network.layers)
 
 
 def entries(model):
@@ -43,7 +57,7 @@ def entries(model):
         model: what `aib_tf.models.build` made, or a copy that was loaded.
 
     Returns:
-        The architecture's name, such as "vgg" or "wrn_28_10", and a list of `Entry`.
+        The architecture, as `architecture_of` calls it, and a list of `Entry`.
 
     Raises:
         ValueError: if the model is not of an architecture that exists in PyTorch.
@@ -51,23 +65,23 @@ def entries(model):
     base = architecture_of(model)
     if base is None:
         raise ValueError(
-            "Only a model that `aib_tf.models.build` made has names in PyTorch. "
+            "Only a network of `aib_tf.models.build` has names in PyTorch. "
             f"Received: model.name={getattr(model, 'name', model)!r}"
         )
-    if isinstance(model, PayAttentionClassifier):
+    if base == "pay_attention":
         return base, [Entry((name,), layer) for name, layer in pytorch_layers(model)]
-    table = {"vgg": _vgg, "vgg16_cub": _vgg16, "wrn_50_2_cub": _wide_resnet_50}.get(base, _wide_resnet)
+    table = {"vgg": _vgg, "vgg16_cub": _vgg16, "wide_resnet": _wide_resnet, "wrn_50_2_cub": _wide_resnet_50}[base]
     aib = model.bottleneck is not None
     found = []
     for part, name, *pytorch_names in table(model, aib):
         found.append(Entry(tuple(pytorch_names), getattr(model, part).get_layer(name)))
     if aib:
         found.append(Entry(("att_module_std.0",), model.attention._stddev_scores))
-        found.append(Entry((_STATISTICS.get(base, "encode.5"),), model.bottleneck._dense))
+        found.append(Entry((_STATISTICS[base],), model.bottleneck._dense))
     if model.attention is not None and not isinstance(model.attention.head, keras.Model):
         found.append(Entry(("att_module_mu.0",), model.attention._scores))
     elif model.attention is not None:
-        for name, *pytorch_names in _HEADS.get(base, _wide_resnet_head)(model):
+        for name, *pytorch_names in _HEADS[base](model):
             found.append(Entry(tuple(pytorch_names), model.attention.head.get_layer(name)))
     if model.quantizer is not None:
         found.append(Entry(("emb",), model.quantizer))
@@ -75,7 +89,7 @@ def entries(model):
 
 
 # The dense layer that gives mean and deviation of the latent stands at the end of `encode`.
-_STATISTICS = {"vgg": "encode.8", "vgg16_cub": "encode.2", "wrn_50_2_cub": "encode.3"}
+_STATISTICS = {"vgg": "encode.8", "vgg16_cub": "encode.2", "wide_resnet": "encode.5", "wrn_50_2_cub": "encode.3"}
 
 
 def _vgg(model, aib):
@@ -149,7 +163,7 @@ def _vgg16_head(model):
     yield "scores", "att_module_mu.6"
 
 
-_HEADS = {"wrn_50_2_cub": _wide_resnet_50_head, "vgg16_cub": _vgg16_head}
+_HEADS = {"vgg16_cub": _vgg16_head, "wide_resnet": _wide_resnet_head, "wrn_50_2_cub": _wide_resnet_50_head}
 
 
 def _hidden_decoder():
@@ -200,53 +214,77 @@ def looks_like(state):
     """Says which model a state dict seems to belong to, from its names and shapes.
 
     Args:
-        state: dict of PyTorch names -> arrays.
+        state: dict of PyTorch names, without "module.", -> arrays.
 
     Returns:
-        A `Likeness`, or None. What leaves no trace in the weights is not in it: dropout, how scores are normalised.
+        A `Likeness`, or None. What leaves no trace in the weights is not in it: dropout, and how vgg_att2 and vgg_att3
+        normalise scores and whether they attend before or after pooling.
     """
-    shapes = {name: tuple(array.shape) for name, array in state.items()}
+    shapes = {name: tuple(getattr(array, "shape", ())) for name, array in state.items()}
     try:
         return _likeness(shapes)
-    except (KeyError, IndexError, ZeroDivisionError):
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
         return None  # half of a network that is known
 
 
 def _likeness(shapes):
     variant = "_aib" * ("att_module_std.0.weight" in shapes) + "_qt" * ("emb.weight" in shapes)
     overrides = {}
+    widths = (64, 128, 256, 512)
     if "conv_block1.op.0.weight" in shapes:
         # The projection is there for the first depth alone.
-        base, variant, first, full = f"vgg_att{3 if 'projector.op.weight' in shapes else 2}", "", "conv_block1.op.0", 64
+        name, variant = f"vgg_att{3 if 'projector.op.weight' in shapes else 2}", ""
+        layers = [f"conv_block{number}.op.0" for number in (1, 2, 3, 4)]
         last = "classify" if "classify.weight" in shapes else "classify3"
         overrides = {
             "attention": "pc" if "attn3.op.weight" in shapes else "dp",
             "combine": "concat" if last == "classify" else "independent",
         }
     elif "features.0.op.0.weight" in shapes:
-        base, last, first, full = "vgg", "decode.2", "features.0.op.0", 64
+        name, base, last = "vgg", "vgg", "decode.2"
+        layers = ["features.0.op.0", "features.1.op.0", "features.2.op.0", "encode.0.op.0"]
     elif "features.28.weight" in shapes:
-        base, last, first, full = "vgg16_cub", "decode.2", "features.0", 64
+        name, base, last = "vgg16_cub", "vgg16_cub", "decode.2"
+        layers = ["features.0", "features.5", "features.10", "features.17"]
     elif "layer4.0.conv1.weight" in shapes:
-        base, last, first, full = "wrn_50_2_cub", "decode.2" if variant else "fc", "conv1", 64
+        name, base, last = "wrn_50_2_cub", "wrn_50_2_cub", "decode.2" if variant else "fc"
+        layers, widths = ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"], (64, 128, 256, 512)
     elif "block1.layer.0.conv1.weight" in shapes:
-        blocks = sum(1 for name in shapes if re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name))
-        widening = shapes["block1.layer.0.conv1.weight"][0] / shapes["conv1.weight"][0]
-        base, last, first, full = (
-            f"wrn_{6 * blocks + 4}_{round(widening)}",
-            "decode.1" if variant else "fc",
-            "conv1",
-            16,
-        )
+        blocks = sum(1 for key in shapes if re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", key))
+        layers = ["conv1", *(f"block{number}.layer.0.conv1" for number in (1, 2, 3))]
+        widening = _widening([shapes[f"{layer}.weight"][0] for layer in layers])
+        widths = (16, 16 * widening, 32 * widening, 64 * widening)
+        name, base, last = f"wrn_{6 * blocks + 4}_{widening}", "wide_resnet", "decode.1" if variant else "fc"
     else:
         return None
-    filters, channels = shapes[f"{first}.weight"][:2]
-    if filters != full:
-        overrides["width"] = filters / full
+    width = _width([shapes[f"{layer}.weight"][0] for layer in layers], widths)
+    if width != 1.0:
+        overrides["width"] = width
     if variant:
-        overrides["latent_dim"] = shapes[f"{_STATISTICS.get(base, 'encode.5')}.weight"][0] // 2
+        overrides["latent_dim"] = shapes[f"{_STATISTICS[base]}.weight"][0] // 2
     elif "decode.0.weight" in shapes:
         overrides["latent_dim"] = shapes["decode.0.weight"][0]
     if "emb.weight" in shapes:
         overrides["num_anchors"] = shapes["emb.weight"][1]
-    return Likeness(base + variant, channels, shapes[f"{last}.weight"][0], overrides)
+    return Likeness(name + variant, shapes[f"{layers[0]}.weight"][1], shapes[f"{last}.weight"][0], overrides)
+
+
+def _width(found, full):
+    """A width at which numbers of channels become those that were found; ValueError if there is none."""
+    lowest = max([(count - 0.5) / whole for count, whole in zip(found, full, strict=True) if count > 1], default=0.0)
+    highest = min((count + 0.5) / whole for count, whole in zip(found, full, strict=True))
+    if lowest > highest:
+        raise ValueError(f"No width makes {full} channels {found}")
+    return 1.0 if lowest <= 1.0 <= highest else (lowest + highest) / 2
+
+
+def _widening(found):
+    """The widening factor of a WideResNet, of any width, nearest to what its first two layers say."""
+    ratio = found[1] / found[0]
+    for widening in sorted(range(1, int(2 * ratio) + 3), key=lambda factor: abs(factor - ratio)):
+        try:
+            _width(found, (16, 16 * widening, 32 * widening, 64 * widening))
+        except ValueError:
+            continue
+        return widening
+    raise ValueError(f"No WideResNet has {found} channels")

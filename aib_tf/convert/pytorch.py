@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -31,8 +32,9 @@ def from_pytorch(source, model, ema=False):
         The model.
 
     Raises:
-        ValueError: if arrays are missing, left over or of another shape, all of which are listed, together with the
-            model that the source looks like; or if `model` has no counterpart in PyTorch.
+        ValueError: if arrays are missing, left over, or of another shape or type, all of which are listed, together
+            with the model that the source looks like; or if `model` has no counterpart in PyTorch.
+        TypeError: if the source is neither a path nor a dict.
         CheckpointError: if the file is no checkpoint, is damaged, or wants to run code.
 
     Example:
@@ -142,7 +144,7 @@ class _Problems:
         self._model = model
         self._left = {name: array for name, array in state.items() if not name.endswith(f".{_COUNTER}")}
         self._state = state
-        self._missing, self._misshaped, self._different = [], [], []
+        self._missing, self._misshaped, self._mistyped, self._different = [], [], [], []
 
     def fitting(self, entry):
         """Lists (variable, value) of a layer."""
@@ -155,15 +157,18 @@ class _Problems:
                 self._missing.append(f"{entry.names[0]}.{suffix}")
                 continue
             expected = layout.to_pytorch(np.empty(variable.shape, "bool")).shape
+            numbers = {}
             for name, array in found.items():
                 if array.shape != expected:
                     self._misshaped.append(f"{name} {array.shape} instead of {expected}")
-            (first, array), *others = found.items()
-            self._different += [
-                f"{name} and {first}" for name, other in others if not np.array_equal(other, array, equal_nan=True)
-            ]
-            if array.shape == expected:
-                fitting.append((variable, layout.from_pytorch(array)))
+                elif array.dtype.kind not in "fiu":
+                    self._mistyped.append(f"{name} {array.dtype}")
+                else:
+                    numbers[name] = array
+            if numbers:
+                (first, array), *others = numbers.items()
+                self._different += [f"{name} and {first}" for name, other in others if not _equal(other, array)]
+                fitting.append((variable, np.asarray(layout.from_pytorch(array), variable.dtype)))
         return fitting
 
     def leave_out(self, prefixes):
@@ -180,6 +185,7 @@ class _Problems:
             "missing": self._missing,
             "left over": list(self._left) if leftover else [],
             "of another shape": self._misshaped,
+            "of another type": self._mistyped,
             "the same module with different values": self._different,
         }
         if not any(lists.values()):
@@ -193,6 +199,10 @@ class _Problems:
         )
 
 
+def _equal(one, other):
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f")
+
+
 def _listed(items):
     more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
     return ", ".join(items[:_LISTED]) + more
@@ -202,6 +212,11 @@ def _state(source, ema):
     """The state dict behind a path or a dict, as NumPy arrays."""
     if isinstance(source, (str, os.PathLike)):
         return read_checkpoint(source, ema=ema)
+    if not isinstance(source, Mapping):
+        raise TypeError(
+            "The source must be a path or a state dict; of a torch.nn.Module, pass module.state_dict(). "
+            f"Received: source={type(source).__name__}"
+        )
     return strip_state_dict(source, ema=ema)
 
 

@@ -74,6 +74,52 @@ def test_what_the_state_dict_looks_like_is_the_model_that_it_came_from(pair):
     convert.from_pytorch(state, copy)
 
 
+@pytest.mark.parametrize("width", [0.1, 0.3, 1 / 3, 0.7, 1.0, 1.5])
+@pytest.mark.parametrize("name", ["vgg_aib", "wrn_10_2_aib", "wrn_10_4", "vgg16_cub"])
+def test_any_width_is_recognised(name, width):
+    state = convert.to_pytorch(build(name, width=width))
+    likely = convert.looks_like(state)
+    if width == 1 or not name.startswith("wrn"):  # narrow WideResNets of several widening factors are the same
+        assert likely.name == name
+    convert.from_pytorch(state, aib_tf.models.build(likely.name, (32, 32, 3), 4, **likely.overrides))
+
+
+def test_half_of_a_network_looks_like_none_and_is_listed_all_the_same():
+    state = convert.to_pytorch(build("vgg_aib"))
+    del state["decode.2.weight"]
+    state["features.0.op.0.weight"] = np.zeros(3, "float32")
+    assert convert.looks_like(state) is None
+    with pytest.raises(
+        ValueError, match=r"missing \(1\): decode.2.weight; of another shape \(1\): features.0.op.0.weight"
+    ):
+        convert.from_pytorch(state, build("vgg_aib"))
+
+
+def test_a_map_that_is_flattened_comes_in_pytorch_s_order():
+    """At 64x96 pixels, VGG ends in a map of 2x3, which PyTorch flattens with channels first."""
+    model = randomized(aib_tf.models.build("vgg_aib", (64, 96, 3), 4, width=0.0625, latent_dim=8))
+    images = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype("float32")
+    features = model.features(images)
+    mean, _ = model.attention.distribution(features)
+    before = keras.Model(model.encoder.inputs[0], model.encoder.get_layer("global_relu").output)
+    flat = np.asarray(before(features + features * mean)).transpose(0, 3, 1, 2).reshape(2, -1)
+    state = convert.to_pytorch(model)
+    statistics = flat @ state["encode.8.weight"].T + state["encode.8.bias"]
+    np.testing.assert_allclose(model.explain(images)["latent_mean"], statistics[:, :8], rtol=1e-4)
+
+
+def test_a_model_under_another_name_is_the_same_network():
+    model = build("vgg_aib_qt")
+    renamed = type(model).from_config({**model.get_config(), "name": "mine"})
+    convert.from_pytorch(convert.to_pytorch(model), renamed)
+    np.testing.assert_array_equal(weights(renamed)[0], weights(model)[0])
+
+
+def test_what_is_neither_path_nor_dict_is_refused():
+    with pytest.raises(TypeError, match=r"module.state_dict\(\).*Received: source=bytes"):
+        convert.from_pytorch(b"x", build("vgg_aib"))
+
+
 def test_a_module_that_is_listed_twice_may_be_given_once_but_not_with_two_values():
     model = randomized(build("wrn_10_2_aib"))
     state = convert.to_pytorch(model)
@@ -99,6 +145,8 @@ def faulty(state, kind):
         del state["decode.2.bias"], state["features.0.op.1.running_var"]
     elif kind == "left over":
         state |= {"extra.weight": np.zeros(3, "float32")}
+    elif kind == "of another type":
+        state["emb.weight"] = np.full((1, 5), "a")
     else:
         state["encode.8.weight"] = state["encode.8.weight"].T[:3]
     return state
@@ -107,6 +155,7 @@ def faulty(state, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        ("of another type", r"of another type \(1\): emb.weight <U1"),
         ("missing", r"missing \(2\): features.0.op.1.running_var, decode.2.bias"),
         ("left over", r"left over \(1\): extra.weight"),
         ("of another shape", r"of another shape \(1\): encode.8.weight \(3, 16\) instead of \(16, 32\)"),

@@ -42,6 +42,7 @@ def test_checkpoint_becomes_a_model_and_the_model_a_checkpoint(released, tmp_pat
         (["--image_size=16,16"], "needs 32x32 pixels"),
         (["--ema"], "has no moving average"),
         (["--keras=also.keras"], "Give one of --checkpoint and --keras"),
+        (["--classes=7"], "of another shape (2): decode.2.weight (4, 8) instead of (7, 8)"),
     ],
 )
 def test_mistakes_end_in_a_message_and_no_file(released, tmp_path, arguments, message):
@@ -54,12 +55,20 @@ def test_mistakes_end_in_a_message_and_no_file(released, tmp_path, arguments, me
     assert not output.exists()
 
 
-@pytest.mark.parametrize("content", [b"cos\nsystem\n(S'echo hacked'\ntR.", b"no checkpoint at all"])
-def test_a_file_that_wants_to_run_code_or_is_none_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"cos\nsystem\n(S'echo hacked'\ntR.", "asks for os.system"),
+        (b"\x80\x02cposix\nsystem\nX\x0b\x00\x00\x00echo hacked\x85R.", "asks for posix.system"),
+        (b"no checkpoint at all", "This is not a checkpoint"),
+    ],
+)
+def test_a_file_that_wants_to_run_code_or_is_none_is_refused(tmp_path, content, message):
     path = tmp_path / "evil.tar"
     path.write_bytes(content)
     result = script("convert", f"--checkpoint={path}", f"--output={tmp_path / 'model.keras'}")
     assert result.returncode != 0
     assert "evil.tar" in result.stderr
+    assert message in result.stderr
     assert "hacked" not in result.stdout
     assert "Traceback" not in result.stderr
