@@ -111,6 +111,8 @@ class PayAttention(keras.layers.Layer):
             The pooled features (B, D), the scores c (B, H, W) and the attention a (B, H, W), all in float32 (float64
             under a float64 policy).
         """
+        if not self.built:
+            self.build(local.shape, query.shape)
         local, query = (ops.cast(x, statistics_dtype(self)) for x in (local, query))
         # Scores and pooling are linear in L, so that P need not be applied at each position: <u, P^T l> = <P u, l>
         # and sum a (P^T l) = P^T (sum a l). Neither L nor L + query, (B, H, W, D) both, is ever made.

@@ -15,7 +15,7 @@ from aib_tf.models.resnet import WideResNet, WideResNet50
 from aib_tf.models.vgg import VGG, VGG16
 from aib_tf.validation import check_count
 
-_WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
+_WIDE_RESNET = re.compile(r"wrn_([1-9][0-9]*)_([1-9][0-9]*)")
 _VARIANTS = ("", "_aib", "_aib_qt")
 
 
@@ -169,8 +169,8 @@ def look_up(name):
     Raises:
         ValueError: for an unknown name.
     """
-    for variant in reversed(_VARIANTS):
-        base = str(name).removesuffix(variant)
+    for variant in reversed(_VARIANTS if isinstance(name, str) else ()):
+        base = name.removesuffix(variant)
         found = _WIDE_RESNET.fullmatch(base)
         if found:
             architecture = dataclasses.replace(

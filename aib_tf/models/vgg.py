@@ -28,6 +28,8 @@ class VGG(Backbone):
             x = self.blocks.pool(self.blocks.convolutions(x, block, 512, count), f"{block}_pool")
         x = self.blocks.convolution(x, self.blocks.channels(512), "global", size=1)
         x = keras.layers.ReLU(name="global_relu")(x)
+        # For larger images a map is left, which PyTorch lays out with channels first.
+        x = keras.layers.Permute((3, 1, 2), name="channels_first")(x)
         return keras.Model(features, keras.layers.Flatten(name="flatten")(x), name="encoder")
 
 

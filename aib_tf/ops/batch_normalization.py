@@ -14,8 +14,8 @@ def fused_batch_normalization(x, scale, offset, epsilon):
 
     Args:
         x: (B, H, W, C) float16, bfloat16 or float32 tensor.
-        scale: (C,) float32 tensor.
-        offset: (C,) float32 tensor.
+        scale: (C,) tensor.
+        offset: (C,) tensor.
         epsilon: number.
 
     Returns:
@@ -31,8 +31,8 @@ def fused_batch_normalization(x, scale, offset, epsilon):
     # Not tf.compat.v1.nn.fused_batch_norm, which raises epsilon to 1.001e-5.
     result = tf.raw_ops.FusedBatchNormV3(
         x=x,
-        scale=tf.convert_to_tensor(scale),
-        offset=tf.convert_to_tensor(offset),
+        scale=tf.cast(scale, "float32"),
+        offset=tf.cast(offset, "float32"),
         mean=tf.zeros((0,)),
         variance=tf.zeros((0,)),
         epsilon=epsilon,

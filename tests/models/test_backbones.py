@@ -105,6 +105,8 @@ def test_other_sizes_than_the_papers_work(name, size):
         ("vgg_att3", 31, "needs 32x32"),
         ("wrn_27_10", 32, "6 n \\+ 4.*Received: depth=27"),
         ("wrn_4_10", 32, "Received: depth=4"),
+        ("wrn_10_0", 32, "Received: name='wrn_10_0'"),
+        (["vgg"], 32, "Received: name=\\['vgg'\\]"),
         ("vgg_aib_quantized", 32, "there are vgg, vgg16_cub.*Received: name='vgg_aib_quantized'"),
     ],
 )
