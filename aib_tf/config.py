@@ -11,6 +11,7 @@ from aib_tf.layers.pay_attention import COMPATIBILITIES, NORMALIZATIONS
 from aib_tf.losses import check_kl_form
 from aib_tf.models.overrides import INITIALIZERS
 from aib_tf.models.pay_attention import COMBINATIONS, POSITIONS
+from aib_tf.models.registry import look_up
 from aib_tf.ops.nearest_anchor import MAX_ANCHORS
 from aib_tf.validation import check_choice, check_count, check_rate, check_weight
 
@@ -227,7 +228,11 @@ class Config:
             check_count("samples", self.samples, minimum=0)
 
     def resolved(self):
-        """Returns a `Config` in which every value is set; a seed that is left to chance is drawn."""
+        """Returns a `Config` in which every value is set; a seed that is left to chance is drawn.
+
+        Raises:
+            ValueError: if there is no model of that name.
+        """
         values = dict(OBJECTIVES[self.objective.objective])
         if self.objective.objective == "reference":
             for prefix, others in _REFERENCE_OF.items():
@@ -235,7 +240,7 @@ class Config:
                     values |= others
         seed = values["seed"] if values["seed"] is not None else secrets.randbelow(2**31)
         flat = flatten(self)
-        defaults = {**values, "seed": seed}
+        defaults = {**values, "seed": seed, "latent_dim": look_up(self.model.name)[1].latent_dim}
         return self.from_flat(
             {name: defaults[name] if value is None and name in defaults else value for name, value in flat.items()}
         )

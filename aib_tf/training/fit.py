@@ -9,7 +9,15 @@ import numpy as np
 import tensorflow as tf
 
 from aib_tf import convert, data, evaluation, files, losses, metrics, models, visualization
-from aib_tf.training.callbacks import AveragedWeights, BetaWarmup, Recorder, StopAtNonFinite, StopRequest, StopWhenAsked
+from aib_tf.training.callbacks import (
+    AveragedWeights,
+    BetaWarmup,
+    Recorder,
+    StopAtNonFinite,
+    StopRequest,
+    StopWhenAsked,
+    averaged_weights,
+)
 from aib_tf.training.optimizers import learning_rate_schedule, make_optimizer
 from aib_tf.training.results import draw_attention, measure, measuring_batch
 from aib_tf.training.run import Run
@@ -48,16 +56,22 @@ def fit(config, output_dir, verbose=1):
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     model = _build(config, info)
+    if config.samples and isinstance(model, models.PayAttentionClassifier):
+        raise ValueError(
+            f"The attention of {model.name} is deterministic: use samples=0. Received: samples={config.samples}"
+        )
     batches = data.batches_per_epoch(
         config.data.name, _training_split(config), config.data.batch_size, config.data.data_dir
     )
     _compile(model, config, info, batches)
-    if config.model.weights is not None:
-        source = convert.fetch_imagenet(model) if config.model.weights == "imagenet" else config.model.weights
-        convert.load_backbone(source, model)
+    fresh = not run.checkpoints.paths()
+    if fresh:
+        _load_weights(model, config)
     with run.locked():
         run.create(config)
         progress = run.checkpoints.restore(model)
+        if not fresh and not progress.epoch and not progress.batch:
+            _load_weights(model, config)  # no checkpoint was whole: training starts over
         if progress.rows:
             run.write_history(progress.rows)
         if progress.epoch or progress.batch:
@@ -79,15 +93,26 @@ def _with_absolute_paths(config):
     """The config as it has to stand in the run folder, which is read from other working directories."""
     folder, weights = config.data.data_dir, config.model.weights
     if folder is not None and "://" not in folder:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=os.path.abspath(folder)))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, data_dir=os.path.abspath(os.path.expanduser(folder)))
+        )
     if weights not in (None, "imagenet"):
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=os.path.abspath(weights)))
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, weights=os.path.abspath(os.path.expanduser(weights)))
+        )
     return config
 
 
 def _training_split(config):
     """The images to train on: where none are needed to choose a checkpoint, those of validation too."""
     return "train+validation" if config.select_on == "test" else "train"
+
+
+def _load_weights(model, config):
+    """Gives the backbone the weights for ImageNet, where a recipe starts with them."""
+    if config.model.weights is not None:
+        source = convert.fetch_imagenet(model) if config.model.weights == "imagenet" else config.model.weights
+        convert.load_backbone(source, model)
 
 
 def _build(config, info):
@@ -165,6 +190,9 @@ def _train(model, config, info, run, progress, batches, verbose):
             remaining = batches - progress.batch
             epoch = progress.epoch
             _fit(model, iterator.take(remaining), selection, callbacks, epoch, epoch + 1, remaining, verbose)
+            if config.optimization.ema_momentum:
+                # At the end of a fit Keras leaves the average in the model; training goes on with the weights.
+                run.checkpoints.restore(model)
             iterator = stream.skip(remaining)
         if progress.epoch < epochs:
             _fit(model, iterator, selection, callbacks, progress.epoch, epochs, batches, verbose)
@@ -189,7 +217,9 @@ def _finish(run, config, last_model, progress):
     """Measures the best model on the test split, and draws what it looks at."""
     if not run.best_file.exists():
         _logger.warning("%s is missing; the model of the last epoch takes its place.", run.best_file)
-        with files.replacing(run.best_file) as path:
+        if config.optimization.ema_momentum:
+            run.checkpoints.restore(last_model)  # Keras may have left the average in the model already
+        with files.replacing(run.best_file) as path, averaged_weights(last_model):
             last_model.save(path)
         row = progress.rows[-1]
         files.write_json(run.best_info_file, {"epoch": row["epoch"], "monitor": _MONITOR, "value": row[_MONITOR]})

@@ -22,8 +22,6 @@ class _AnchorGroup:
         self._anchor_indices = frozenset(
             index for index, variable in enumerate(variables) if variable.path.split("/")[-1] == "anchors"
         )
-        if self.weight_decay and not self.anchor_weight_decay and not self.built:
-            self.exclude_from_weight_decay(var_list=[variables[index] for index in self._anchor_indices])
         super().build(variables)
 
     def update_step(self, gradient, variable, learning_rate):
@@ -33,7 +31,13 @@ class _AnchorGroup:
             gradient = ops.add(gradient, ops.multiply(ops.cast(self.l2, gradient.dtype), variable))
         if is_anchors:
             learning_rate = learning_rate * self.anchor_learning_rate_ratio
+        if self.weight_decay and (self.anchor_weight_decay or not is_anchors):
+            share = ops.cast(learning_rate, variable.dtype) * ops.cast(self.weight_decay, variable.dtype)
+            self.assign_sub(variable, ops.multiply(variable, share))
         super().update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables):
+        """Nothing: Keras would take the same rate for all weights; `update_step` takes each group's."""
 
     def get_config(self):
         """Returns the constructor's arguments."""
@@ -60,6 +64,27 @@ class _TorchSGD(keras.optimizers.SGD):
             gradient = ops.add(ops.multiply(buffer, ops.cast(self.momentum, variable.dtype)), gradient)
             self.assign(buffer, gradient)
         self.assign_sub(variable, ops.multiply(gradient, ops.cast(learning_rate, variable.dtype)))
+
+
+class _TorchAdam(keras.optimizers.Adam):
+    """Adam whose epsilon is added where PyTorch adds it, to the corrected deviation.
+
+        variable -= learning_rate * (m / (1 - beta_1^t)) / (sqrt(v / (1 - beta_2^t)) + epsilon)
+
+    Keras adds it before the correction, which in the first steps makes it up to 30 times as large.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        mean, square = self._momentums[index], self._velocities[index]
+        gradient = ops.cast(gradient, variable.dtype)
+        step = ops.cast(self.iterations + 1, variable.dtype)
+        self.assign_add(mean, ops.multiply(ops.subtract(gradient, mean), 1 - self.beta_1))
+        self.assign_add(square, ops.multiply(ops.subtract(ops.square(gradient), square), 1 - self.beta_2))
+        corrected = ops.divide(mean, 1 - ops.power(ops.cast(self.beta_1, variable.dtype), step))
+        deviation = ops.sqrt(ops.divide(square, 1 - ops.power(ops.cast(self.beta_2, variable.dtype), step)))
+        rate = ops.cast(learning_rate, variable.dtype)
+        self.assign_sub(variable, ops.divide(ops.multiply(corrected, rate), ops.add(deviation, self.epsilon)))
 
 
 @keras.saving.register_keras_serializable(package="aib_tf")
@@ -92,15 +117,16 @@ class SGD(_AnchorGroup, _TorchSGD):
 
 
 @keras.saving.register_keras_serializable(package="aib_tf")
-class Adam(_AnchorGroup, keras.optimizers.Adam):
-    """Adam with L2 in the gradient and a learning rate of their own for anchors.
+class Adam(_AnchorGroup, _TorchAdam):
+    """Adam as in PyTorch, with L2 in the gradient and a learning rate of their own for anchors.
 
     Args:
         learning_rate: number or `keras.optimizers.schedules.LearningRateSchedule`.
         l2: coupled weight decay, added to the gradient as l2 * variable.
         anchor_learning_rate_ratio: factor of the learning rate for weights named "anchors".
         anchor_weight_decay: whether `l2` and `weight_decay` apply to them.
-        **kwargs: as for `keras.optimizers.Adam`; its `weight_decay` is the decoupled one.
+        epsilon: what keeps the division finite, PyTorch's by default.
+        **kwargs: as for `keras.optimizers.Adam`, but without AMSGrad; its `weight_decay` is the decoupled one.
     """
 
     def __init__(
@@ -109,9 +135,12 @@ class Adam(_AnchorGroup, keras.optimizers.Adam):
         l2=0.0,
         anchor_learning_rate_ratio=1.0,
         anchor_weight_decay=False,
+        epsilon=1e-8,
         **kwargs,
     ):
-        super().__init__(learning_rate=learning_rate, **kwargs)
+        super().__init__(learning_rate=learning_rate, epsilon=epsilon, **kwargs)
+        if self.amsgrad:
+            raise ValueError("AMSGrad is not what the recipes use. Received: amsgrad=True")
         self._set_group(l2, anchor_learning_rate_ratio, anchor_weight_decay)
 
 

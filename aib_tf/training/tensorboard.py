@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from aib_tf import visualization
+from aib_tf.training.callbacks import averaged_weights
 from aib_tf.training.results import attention_figure
 
 
@@ -37,7 +38,8 @@ class TensorBoardLogs(keras.callbacks.Callback):
             if getattr(self.model, "quantizer", None) is not None:
                 tf.summary.histogram("anchors", self.model.quantizer.anchors.value)
             if self.model.attention_names:
-                figure = attention_figure(self.model, self.pictures, self.images)
+                with averaged_weights(self.model):
+                    figure = attention_figure(self.model, self.pictures, self.images)
                 tf.summary.image("attention", visualization.figure_to_array(figure)[None])
             history = {name: [row[name] for row in self.rows] for name in self.rows[0]}
             curves = visualization.figure_to_array(visualization.training_curves(history))

@@ -98,8 +98,9 @@ def test_one_optimizer_with_a_ratio_for_anchors_is_a_multi_optimizer_of_two(name
     rate, ratio = expected["learning_rate"], expected["anchor_learning_rate"] / expected["learning_rate"]
     for steps in range(1, len(GRADIENTS) + 1):
         kernel, anchors = trained(kind(rate, anchor_learning_rate_ratio=ratio, **settings), steps)
-        np.testing.assert_allclose(kernel, expected[name]["kernel"][steps - 1], rtol=2e-6)
-        np.testing.assert_allclose(anchors, expected[name]["anchors"][steps - 1], rtol=2e-6)
+        # Our Adam has PyTorch's epsilon, Addons' that of Keras 2.
+        np.testing.assert_allclose(kernel, expected[name]["kernel"][steps - 1], rtol=5e-6)
+        np.testing.assert_allclose(anchors, expected[name]["anchors"][steps - 1], rtol=5e-6)
 
 
 def sgd_with_decay(rate):

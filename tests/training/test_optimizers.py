@@ -66,7 +66,7 @@ def test_adam_with_l2_is_that_of_pytorch_and_moves_anchors_at_their_own_rate():
             gradient = gradient + l2 * value
             first = 0.9 * first + 0.1 * gradient
             second = 0.999 * second + 0.001 * gradient**2
-            value = value - rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-7)
+            value = value - rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
         return value
 
     kernel, anchors = trained(Adam(0.01, l2=0.3, anchor_learning_rate_ratio=0.01))
@@ -74,18 +74,29 @@ def test_adam_with_l2_is_that_of_pytorch_and_moves_anchors_at_their_own_rate():
     np.testing.assert_allclose(anchors, torch_adam(0.0001, 0.0), rtol=1e-4)
 
 
+def test_adam_adds_epsilon_where_pytorch_does():
+    variable = keras.Variable(np.zeros(3, "float32"))
+    optimizer = Adam(0.5, beta_1=0.5)
+    optimizer.build([variable])
+    gradient = np.float32([1e-5, 1e-7, 1e-8])
+    optimizer.apply([gradient], [variable])
+    np.testing.assert_allclose(variable, -0.5 * gradient / (gradient + 1e-8), rtol=1e-4)
+
+
 @pytest.mark.parametrize("spared", [True, False])
-def test_decoupled_weight_decay_shrinks_by_the_learning_rate_apart_from_momentum(spared):
-    def decoupled_sgd(decay):
+@pytest.mark.parametrize("ratio", [1.0, 0.1])
+def test_decoupled_weight_decay_shrinks_by_the_learning_rate_apart_from_momentum(spared, ratio):
+    def decoupled_sgd(rate, decay):
         value, buffer = np.float64([1, -2, 3, -4]), np.zeros(4)
         for gradient in GRADIENTS:
             buffer = 0.9 * buffer + gradient
-            value = value - 0.1 * decay * value - 0.1 * buffer
+            value = value - rate * decay * value - rate * buffer
         return value
 
-    kernel, anchors = trained(SGD(0.1, weight_decay=0.5, anchor_weight_decay=not spared))
-    np.testing.assert_allclose(kernel, decoupled_sgd(0.5), rtol=1e-5)
-    np.testing.assert_allclose(anchors, decoupled_sgd(0.0 if spared else 0.5), rtol=1e-5)
+    optimizer = SGD(0.1, weight_decay=0.5, anchor_learning_rate_ratio=ratio, anchor_weight_decay=not spared)
+    kernel, anchors = trained(optimizer)
+    np.testing.assert_allclose(kernel, decoupled_sgd(0.1, 0.5), rtol=1e-5)
+    np.testing.assert_allclose(anchors, decoupled_sgd(0.1 * ratio, 0.0 if spared else 0.5), rtol=1e-5)
 
 
 def test_flags_choose_between_coupled_and_decoupled_decay_and_set_the_rest():

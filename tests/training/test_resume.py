@@ -22,6 +22,7 @@ FLAGS = [
     "--batch_size=8",
     "--epochs=3",
     "--beta_warmup_epochs=2",
+    "--ema_momentum=0.9",
     "--deterministic",
 ]
 # Sends itself a signal in the middle of the second epoch, where a person or a cluster would from outside.
