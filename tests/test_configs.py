@@ -142,7 +142,9 @@ def test_the_optimizer_is_that_of_the_recipe(file, settings):
         wide = "/wrn_" in file
         expected |= {"precision": "mixed_float16" if wide else "float32", "dropout": 0.3 if wide else 0.0}
         expected |= {"ema_momentum": 0.0, "weights": None}
-    expected |= {"initializers": "released", "augment": True}
+    expected["augment"] = True
+    if "/vgg_" in file or "vgg16_cub_aib.flags" in file:  # where it makes a difference
+        expected["initializers"] = "released"
     assert {name: flat[name] for name in expected} == expected
 
 
