@@ -5,6 +5,7 @@
 # WORKERS      how many tests run at a time; 0 runs them in one process
 # PYTEST_ARGS  further arguments of pytest, e.g. PYTEST_ARGS="-k quantizer"
 # CONFIG, RUN  what `make train` trains and where it writes; `make evaluate` reads RUN
+# PYTORCH      a Python that has PyTorch, for `make benchmark` to compare with
 # UPGRADE      UPGRADE=--upgrade lets `make lock` take newer versions
 # BAZEL, BAZEL_ARGS  e.g. BAZEL="bazel --output_user_root=DIR"; BAZEL_ARGS= lets a current Bazel download its rules
 # CXX, AIB_TF_CUDA, ...  what the ops are compiled with; custom_ops/compile.py lists them
@@ -161,9 +162,11 @@ lock: setup ## write the exact versions of requirements/ from pyproject.toml
 		--no-emit-package opt-einsum --no-emit-package scipy \
 		--output-file requirements/jax.txt >/dev/null
 
-benchmark: setup ## measure the input pipeline and the compiled op
+benchmark: setup ## measure the input pipeline, a training step and the compiled op
 	@echo "Measuring the input pipeline"
 	@$(python) benchmarks/pipeline.py
+	@echo "Measuring a training step and inference; PYTORCH=PYTHON names a Python that has the rival"
+	@$(python) benchmarks/training.py $(if $(PYTORCH),--pytorch="$(PYTORCH)")
 	@echo "Measuring the compiled op"
 	@$(python) benchmarks/nearest_anchor.py
 
