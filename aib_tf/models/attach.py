@@ -173,8 +173,9 @@ def _tensor_of(layer, model, cuts, names):
     near = sorted(cuts, key=lambda other: abs(names.index(other) - names.index(layer)))[:5]
     near = ", ".join(sorted(near, key=names.index)) or "none"
     raise ValueError(
-        f"Paths lead around {layer!r} to the output, or it gives no map (batch, height, width, channels): attention "
-        f"there would not see all. Layers near it that would do: {near}. Received: layer={layer!r}"
+        f"Paths lead around {layer!r} to the output, it gives no map (batch, height, width, channels), or a layer is "
+        f"at work before and behind it: attention there would not see all. Layers near it that would do: {near}. "
+        f"Received: layer={layer!r}"
     )
 
 

@@ -130,7 +130,7 @@ def test_sequential_models_work():
         ("block_ad", "near names are block_add.* Received: layer='block_ad'"),
         ("xyz", "the last ones are .*Received: layer='xyz'"),
         ("block_norm1", "Paths lead around 'block_norm1'.*would do: stem, block_add, top"),
-        ("pool", "gives no map.*Received: layer='pool'"),
+        ("pool", r"gives no map.*Received: layer='pool'"),
     ],
 )
 def test_a_layer_that_is_not_there_or_that_attention_would_miss_is_named_with_others(layer, message):
