@@ -72,9 +72,7 @@ def attach_attention(backbone, layer, classes, quantize=False, head=None, name=N
     blocks = Blocks(seed=seeds.next)
     latent_dim = options.latent_dim or 256
     parts = options.variational_parts(latent_dim, quantize, seeds, blocks, lambda: head)
-    code = keras.Input((latent_dim,))
-    hidden = blocks.dense(code, latent_dim, "hidden", activation="relu")
-    decoder = keras.Model(code, blocks.logits(hidden, classes), name="decoder")
+    decoder = blocks.decoder(latent_dim, latent_dim, classes)
     return AIBClassifier(features, encoder, decoder, **parts, name=name or f"{backbone.name}_attention")
 
 

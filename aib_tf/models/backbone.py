@@ -57,6 +57,4 @@ class Backbone:
 
     def decoder(self, code_size, plain):
         """Model from the latent, or from the encoder's vector in a plain network, to logits (B, classes)."""
-        code = keras.Input((code_size,))
-        x = self.blocks.dense(code, self.latent_dim, "hidden", activation="relu")
-        return keras.Model(code, self.blocks.logits(x, self.classes), name="decoder")
+        return self.blocks.decoder(code_size, self.latent_dim, self.classes)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from aib_tf.layers.gaussian import loss_dtype
 from aib_tf.ops.batch_normalization import fused_batch_normalization
 from aib_tf.validation import check_count
 
@@ -170,6 +171,12 @@ class Blocks:
         """A dense layer."""
         return keras.layers.Dense(units, kernel_initializer=self.linear_initializer(), name=name, **arguments)(x)
 
-    def logits(self, x, classes, name="logits"):
+    def logits(self, x, classes):
         """The last layer: scores of the classes, in float32 also under mixed precision."""
-        return self.dense(x, classes, name, dtype="float64" if keras.config.floatx() == "float64" else "float32")
+        return self.dense(x, classes, "logits", dtype=loss_dtype())
+
+    def decoder(self, code_size, hidden, classes):
+        """The model from a code (B, code_size) through `hidden` units with ReLU to logits (B, classes)."""
+        code = keras.Input((code_size,))
+        x = self.dense(code, hidden, "hidden", activation="relu")
+        return keras.Model(code, self.logits(x, classes), name="decoder")

@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from aib_tf.layers.gaussian import loss_dtype
 from aib_tf.layers.pay_attention import PayAttention
 from aib_tf.validation import check_choice
 
@@ -218,7 +219,7 @@ def build_pay_attention(
         keras.layers.Dense(
             classes,
             kernel_initializer=keras.initializers.GlorotUniform(seed=blocks.seed()),
-            dtype="float64" if keras.config.floatx() == "float64" else "float32",
+            dtype=loss_dtype(),
             name=classifier,
         )
         for classifier in (["logits"] if combine == "concat" else [f"logits{number}" for number in numbers])

@@ -65,17 +65,21 @@ class BetaWarmup(keras.callbacks.Callback):
             self._bottlenecks = []
 
 
+def keeps_average(model):
+    """Whether the optimizer of a model keeps a moving average of its weights."""
+    # Under mixed_float16, Keras wraps the optimizer in one that scales the loss.
+    return getattr(model.optimizer, "inner_optimizer", model.optimizer).use_ema
+
+
 @contextlib.contextmanager
 def averaged_weights(model):
     """Puts the optimizer's moving average of the weights, if it keeps one, in their place for a while."""
-    optimizer = model.optimizer
-    # Under mixed_float16, Keras wraps the optimizer in one that scales the loss.
-    if not getattr(optimizer, "inner_optimizer", optimizer).use_ema:
+    if not keeps_average(model):
         yield
         return
     variables = model.trainable_variables
     weights = [keras.ops.copy(variable) for variable in variables]
-    optimizer.finalize_variable_values(variables)
+    model.optimizer.finalize_variable_values(variables)
     try:
         yield
     finally:

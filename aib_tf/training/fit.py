@@ -17,6 +17,7 @@ from aib_tf.training.callbacks import (
     StopRequest,
     StopWhenAsked,
     averaged_weights,
+    keeps_average,
 )
 from aib_tf.training.optimizers import learning_rate_schedule, make_optimizer
 from aib_tf.training.results import draw_attention, measure, measuring_batch
@@ -189,18 +190,15 @@ def _train(model, config, info, run, progress, batches, verbose):
             # The rest of an epoch has fewer steps than the others, so it is a `fit` of its own.
             remaining = batches - progress.batch
             epoch = progress.epoch
-            _fit(model, iterator.take(remaining), selection, callbacks, epoch, epoch + 1, remaining, verbose)
-            if config.optimization.ema_momentum:
-                # At the end of a fit Keras leaves the average in the model; training goes on with the weights.
-                run.checkpoints.restore(model)
+            _fit(run, model, iterator.take(remaining), selection, callbacks, epoch, epoch + 1, remaining, verbose)
             iterator = stream.skip(remaining)
         if progress.epoch < epochs:
-            _fit(model, iterator, selection, callbacks, progress.epoch, epochs, batches, verbose)
+            _fit(run, model, iterator, selection, callbacks, progress.epoch, epochs, batches, verbose)
     finally:
         stop.close()
 
 
-def _fit(model, stream, selection, callbacks, first_epoch, epochs, steps, verbose):
+def _fit(run, model, stream, selection, callbacks, first_epoch, epochs, steps, verbose):
     model.fit(
         stream,
         initial_epoch=first_epoch,
@@ -211,14 +209,15 @@ def _fit(model, stream, selection, callbacks, first_epoch, epochs, steps, verbos
         callbacks=callbacks,
         verbose=verbose,
     )
+    if keeps_average(model):
+        # At its end Keras leaves the average in the model; training goes on with the weights.
+        run.checkpoints.restore(model)
 
 
 def _finish(run, config, last_model, progress):
     """Measures the best model on the test split, and draws what it looks at."""
     if not run.best_file.exists():
         _logger.warning("%s is missing; the model of the last epoch takes its place.", run.best_file)
-        if config.optimization.ema_momentum:
-            run.checkpoints.restore(last_model)  # Keras may have left the average in the model already
         with files.replacing(run.best_file) as path, averaged_weights(last_model):
             last_model.save(path)
         row = progress.rows[-1]
