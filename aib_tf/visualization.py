@@ -284,7 +284,7 @@ def training_curves(history: Mapping[str, Sequence[float]], label_entropy: float
             values = find(names, split)
             if values is not None:
                 panel.plot(epochs, values, color=colour, marker=marker, label=name, **marks)
-        panel.set_title(title, fontsize=10, color=_TEXT)
+        panel.set_title(title, loc="left", fontsize=10, color=_TEXT)
         panel.set_xlabel("epoch", fontsize=9, color=_TEXT)
         panel.set_ylabel(unit, fontsize=9, color=_TEXT)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -305,7 +305,7 @@ def training_curves(history: Mapping[str, Sequence[float]], label_entropy: float
                     color=_TEXT,
                 )
         panel.margins(0.15)
-        panel.set_title("Information plane", fontsize=10, color=_TEXT)
+        panel.set_title("Information plane", loc="left", fontsize=10, color=_TEXT)
         panel.set_xlabel("upper bound on I(Z;X), bits", fontsize=9, color=_TEXT)
         panel.set_ylabel("lower bound on I(Z;Y), bits", fontsize=9, color=_TEXT)
         _finish(panel)
@@ -367,7 +367,8 @@ def _finish(axes) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, colors=_TEXT)
-    axes.legend(fontsize=8, frameon=False)
+    # Above the curves, where it hides none: the search for the "best" place among many points is slow, and warns of it.
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2, fontsize=8, frameon=False)
 
 
 def _check_images(images, name: str, rank: int) -> np.ndarray:

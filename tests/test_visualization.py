@@ -20,7 +20,9 @@ def attention():
 
 
 def texts(figure):
-    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+    """The titles of the panels: centred above images, on the left above curves."""
+    titles = (axes.get_title() or axes.get_title(loc="left") for axes in figure.axes)
+    return [title for title in titles if title]
 
 
 def test_an_overlay_without_weight_is_the_grey_image_and_with_all_of_it_the_colours(images):

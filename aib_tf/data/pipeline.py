@@ -381,6 +381,9 @@ class _StreamedSource:
     def epoch(self, order_seed, skip, batch_size, drop_remainder):
         encoded = self._encoded
         if order_seed is not None:
+            # `shuffle` mixes the global seed of the caller into its own, and cannot take a tensor beside a
+            # global seed of 0. This graph is the function of one epoch.
+            tf.compat.v1.get_default_graph().seed = None
             # The seed already is another one in every epoch.
             encoded = encoded.shuffle(
                 SHUFFLE_BUFFER,

@@ -165,12 +165,14 @@ def test_a_resumed_stream_goes_on_bit_for_bit(data_dir, memory_limit, augmented_
         assert_equal_streams(resumed, whole[4 * epoch + batch :])
 
 
-def test_the_global_seed_does_not_change_a_stream(data_dir, augmented_digits):
+@both_sources
+@pytest.mark.parametrize("global_seed", [0, 11])
+def test_the_global_seed_does_not_change_a_stream(data_dir, augmented_digits, memory_limit, global_seed):
     def stream():
-        return data.training_batches(TINY, "train", 16, epochs=1, seed=5, data_dir=data_dir)
+        return data.training_batches(TINY, "train", 16, epochs=1, seed=5, data_dir=data_dir, memory_limit=memory_limit)
 
     before = list(stream())
-    tf.random.set_seed(11)
+    tf.random.set_seed(global_seed)
     try:
         assert_equal_streams(stream(), before)
     finally:
