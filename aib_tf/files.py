@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["remove_leftovers", "replacing", "write_bytes", "write_json", "write_text"]
+__all__ = ["new_folder", "remove_leftovers", "replacing", "write_bytes", "write_json", "write_text"]
 
 _MARK = ".tmp."
 
@@ -55,6 +56,45 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):  # Windows has no handle of a folder to flush.
+        _flush(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary folder that becomes the new folder `path` when the block ends well.
+
+    It lies beside `path`, with a name that begins with a dot. All its files are on the disk before the name changes.
+    When the block raises, Ctrl-C included, the temporary folder is removed.
+
+    Args:
+        path: The folder to make. Missing folders above it are made.
+
+    Yields:
+        The folder to write to, which exists and is empty.
+
+    Raises:
+        FileExistsError: `path` exists, before the block or at its end; what is there stays as it was.
+        OSError: the folder above cannot be made or written to.
+    """
+    target = Path(os.path.realpath(path))
+    taken = FileExistsError(f"There is something of this name already. Received: path={str(path)!r}")
+    if target.exists():
+        raise taken
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{secrets.token_hex(6)}{_MARK}{target.name}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _flush(Path(folder, name), os.O_RDONLY)
+        if target.exists():
+            raise taken
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):
         _flush(target.parent, os.O_RDONLY | os.O_DIRECTORY)
 
 

@@ -88,3 +88,33 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     (leftover,) = files.remove_leftovers(tmp_path)
     assert leftover.name.endswith("a.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "b.txt", "c.tmp.d"]
+
+
+def test_a_new_folder_appears_whole(tmp_path):
+    path = tmp_path / "model" / "1"
+    with files.new_folder(path) as temporary:
+        assert temporary.parent == path.parent and temporary.name.startswith(".")
+        (temporary / "variables").mkdir()
+        (temporary / "variables" / "a").write_text("new")
+        assert not path.exists()
+    assert (path / "variables" / "a").read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_of_a_failed_folder_nothing_stays(tmp_path, error):
+    with pytest.raises(error), files.new_folder(tmp_path / "1") as temporary:
+        (temporary / "a").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_takes_the_place_of_none(tmp_path):
+    (tmp_path / "1").mkdir()
+    with pytest.raises(FileExistsError, match="path="), files.new_folder(tmp_path / "1"):
+        raise AssertionError("The block must not run.")
+    with pytest.raises(FileExistsError, match="path="), files.new_folder(tmp_path / "2") as temporary:
+        (temporary / "a").write_text("late")
+        (tmp_path / "2").mkdir()  # another process was faster
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "2"]
+    assert list((tmp_path / "2").iterdir()) == []
