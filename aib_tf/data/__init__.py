@@ -15,6 +15,7 @@ from aib_tf.data.pipeline import (
     load,
     normalize_images,
     num_examples,
+    scale_and_offset,
     training_batches,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "normalize_images",
     "num_examples",
     "random_crop_and_flip",
+    "scale_and_offset",
     "training_batches",
 ]

@@ -54,6 +54,25 @@ def prepare(example: dict[str, tf.Tensor], info: datasets.DatasetInfo, augment: 
     return prepared
 
 
+def fit(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+    """Brings a picture of any size to one size without distortion.
+
+    Args:
+        image: uint8 (H, W, C).
+        size: height and width.
+
+    Returns:
+        uint8 (*size, C): the largest window in the middle that has the aspect ratio of `size`, resized.
+    """
+    height, width = size
+    actual = tf.shape(image)
+    # In whole numbers: a picture that has the aspect ratio already loses no row to rounding.
+    rows = tf.maximum(tf.minimum(actual[0], actual[1] * height // width), 1)
+    columns = tf.maximum(tf.minimum(actual[1], actual[0] * width // height), 1)
+    top, left = (actual[0] - rows) // 2, (actual[1] - columns) // 2
+    return _resize(image[top : top + rows, left : left + columns], size)
+
+
 def random_crop_and_flip(
     images: tf.Tensor, seed: tf.Tensor, *, padding: int, flip: bool, size: tuple[int, int] | None = None
 ) -> tf.Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageOps
 
 from aib_tf import data
 from aib_tf.data import geometry
@@ -154,3 +154,29 @@ def test_a_crop_to_the_box_stays_in_the_image_and_holds_a_pixel(box, pixels):
 def test_images_of_one_size_pass_untouched():
     example = {"image": tf.zeros((32, 32, 3), tf.uint8)}
     assert geometry.prepare(example, data.DATASETS["cifar100"], augment=True) is example
+
+
+@pytest.mark.parametrize("height, width", [(40, 40), (60, 41), (33, 97), (9, 9), (1, 9), (20, 30)])
+@pytest.mark.parametrize("size", [(20, 20), (20, 30)])
+def test_a_picture_is_fitted_as_pillow_does(height, width, size):
+    # Smooth, so that half a pixel, by which the middle may differ, is little.
+    rows, columns = np.ogrid[:height, :width]
+    image = np.stack(
+        [
+            np.broadcast_to(255 * values // last, (height, width))
+            for values, last in (
+                (rows, max(height - 1, 1)),
+                (columns, max(width - 1, 1)),
+                (rows + columns, height + width - 1),
+            )
+        ],
+        axis=-1,
+    )
+    image = image.astype(np.uint8)
+    fitted = geometry.fit(tf.constant(image), size).numpy()
+    assert fitted.shape == (*size, 3) and fitted.dtype == np.uint8
+    expected = np.asarray(ImageOps.fit(Image.fromarray(image), size[::-1], Image.Resampling.BILINEAR))
+    step = 255 / min(height, width)
+    assert np.abs(fitted.astype(int) - expected).max() <= 2 + step
+    if (height, width) == size:
+        np.testing.assert_array_equal(fitted, image)
