@@ -23,12 +23,28 @@ def nearest_anchor(x, anchors):
     return tf.reshape(quantized, tf.shape(x)), tf.reshape(index, tf.shape(x)), *losses
 
 
+def quantize(x, anchors):
+    """Returns quantized and index alone, for models that are only served.
+
+    There are no losses, no gradient and no check, and only operations that other runtimes which read TensorFlow's
+    graphs know as well: OpenVINO has no `searchsorted`.
+
+    Args:
+        x: float tensor of a known number of dimensions.
+        anchors: finite numbers, shape (Q,) with a known Q, of the dtype that goes with `x`.
+    """
+    wide_x = ops.cast(x, anchors.dtype)
+    index = _nearest_index(wide_x, anchors, _bisect)
+    nearest = ops.where(ops.isnan(wide_x), wide_x, ops.take(anchors, index, axis=0))
+    return ops.cast(nearest, x.dtype), index
+
+
 @ops.custom_gradient
 def _nearest_anchor(x, anchors):
     x_dtype = x.dtype
     wide_x = ops.cast(x, anchors.dtype)
     are_finite = ops.all(ops.isfinite(anchors))
-    index = ops.where(are_finite, _nearest_index(wide_x, anchors), 0)
+    index = ops.where(are_finite, _nearest_index(wide_x, anchors, _searchsorted), 0)
     nearest = ops.take(ops.where(are_finite, anchors, math.nan), index, axis=0)
     nearest = ops.where(ops.isnan(wide_x), wide_x, nearest)
     difference = wide_x - nearest
@@ -84,7 +100,7 @@ def _weighted(upstream, scale, values):
     return ops.where(upstream == 0, ops.zeros_like(values), (upstream * scale) * values)
 
 
-def _nearest_index(x, anchors):
+def _nearest_index(x, anchors, count_not_above):
     """Computes argmin_k |x - anchors[k]|, lowest k on ties, without a table of all distances.
 
     In the sorted anchors, the nearest ones form one run around the place where `x` would be inserted. The run is
@@ -103,8 +119,7 @@ def _nearest_index(x, anchors):
     position = ops.where(x == math.inf, largest, ops.where(x == -math.inf, smallest, x))
     position = ops.where(ops.isnan(x), smallest, position)
 
-    above = ops.cast(ops.searchsorted(ascending, ops.reshape(position, (-1,)), side="right"), "int32")
-    above = ops.reshape(above, ops.shape(x))
+    above = count_not_above(ascending, position)
     below = ops.maximum(above - 1, 0)
     above = ops.minimum(above, last)
 
@@ -144,3 +159,21 @@ def _nearest_index(x, anchors):
 
     index = ops.cond(longer, widened, lambda: index)
     return ops.where(ops.isnan(x), 0, index)
+
+
+def _searchsorted(ascending, position):
+    """How many of the ascending values are not above each position."""
+    above = ops.searchsorted(ascending, ops.reshape(position, (-1,)), side="right")
+    return ops.reshape(ops.cast(above, "int32"), ops.shape(position))
+
+
+def _bisect(ascending, position):
+    """The same in steps of powers of two, by comparing alone; slower."""
+    total = ascending.shape[0]
+    count = ops.zeros_like(position, dtype="int32")
+    for level in reversed(range(total.bit_length())):
+        wider = count + 2**level
+        # Those before this one are not above either, since they ascend.
+        last = ops.take(ascending, ops.minimum(wider, total) - 1, axis=0)
+        count = ops.where(ops.logical_and(wider <= total, last <= position), wider, count)
+    return count

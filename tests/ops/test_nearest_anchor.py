@@ -61,6 +61,15 @@ def test_every_boundary_value_goes_where_argmin_says(anchors, way, path):
     np.testing.assert_array_equal(result.quantized, np.where(np.isnan(x), x, anchors[expected]))
 
 
+@pytest.mark.parametrize("way", ["eager", "graph", "xla"])
+def test_what_is_served_goes_to_the_same_anchors(anchors, way):
+    x = reference.boundary_values(anchors)
+    quantized, index = WAYS[way](lambda x: pure.quantize(x, tf.constant(anchors)))(tf.constant(x))
+    expected = reference.nearest_index(x, anchors)
+    np.testing.assert_array_equal(index, expected)
+    np.testing.assert_array_equal(quantized, np.where(np.isnan(x), x, anchors[expected]))
+
+
 @pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_dtype_is_compared_in_the_anchors_precision(dtype, way, path):
