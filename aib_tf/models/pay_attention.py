@@ -100,6 +100,12 @@ class PayAttentionClassifier(keras.Model):
             if not layer.built:
                 layer.build(*shapes)
 
+    def compute_output_shape(self, input_shape):
+        """Returns (B, classes)."""
+        depths = len(self.attentions) if self.combine == "concat" else 1
+        pooled_size = depths * self.features.output_shape[-1][-1]
+        return self.classifiers[0].compute_output_shape((input_shape[0], pooled_size))
+
     def call(self, images, training=None):
         """Returns the (B, classes) logits."""
         *local, query = self.features(images, training=training)
