@@ -1,8 +1,9 @@
 """Attention with an information bottleneck for TensorFlow and Keras.
 
 The layers, models, losses and metrics are imported here, so that `import aib_tf` registers them with Keras
-and `keras.models.load_model` finds them. `aib_tf.convert`, `aib_tf.data`, `aib_tf.evaluation`, `aib_tf.training` and
-`aib_tf.visualization` are imported on first use: most of them need TensorFlow whatever the Keras backend is.
+and `keras.models.load_model` finds them. `aib_tf.convert`, `aib_tf.data`, `aib_tf.evaluation`, `aib_tf.export`,
+`aib_tf.training` and `aib_tf.visualization` are imported on first use: most of them need TensorFlow whatever the
+Keras backend is.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from aib_tf import config, layers, losses, metrics, models, ops
 
 __version__ = "0.1.0"
 
-_IMPORTED_ON_FIRST_USE = ("convert", "data", "evaluation", "training", "visualization")
+_IMPORTED_ON_FIRST_USE = ("convert", "data", "evaluation", "export", "training", "visualization")
 
 __all__ = [
     "__version__",
@@ -19,6 +20,7 @@ __all__ = [
     "convert",
     "data",
     "evaluation",
+    "export",
     "layers",
     "losses",
     "metrics",

@@ -28,6 +28,7 @@ PAGES = [
     "docs/addons.md",
     "docs/method.md",
     "docs/pytorch.md",
+    "docs/serving.md",
     "docs/results/README.md",
     "docs/results/nearest_anchor.md",
 ]

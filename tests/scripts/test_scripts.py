@@ -1,13 +1,17 @@
 """The scripts as a user calls them: in processes of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
+
+from aib_tf import data, training
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -109,6 +113,39 @@ def test_visualize_without_any_picture_fails_and_writes_nothing(run, tmp_path):
     assert not (tmp_path / "o.png").exists()
 
 
+def test_export_writes_versions_that_answer_as_the_model(run, tmp_path):
+    folder, _ = run
+    path = tmp_path / "models" / "digits"
+    first, second = (
+        script("export", f"--run={folder}", f"--output={path}", *more) for more in ([], ["--dtype=bfloat16"])
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout == f"Exported to {path / '1'}.\n" and second.stdout == f"Exported to {path / '2'}.\n"
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
+    expected = training.Run(folder).load_best().explain(data.normalize_images(pixels, data.get("cluttered_digits")))
+    signature = tf.saved_model.load(str(path / "1")).signatures["serving_default"]
+    answer = signature(images=tf.constant(pixels, tf.float32))
+    np.testing.assert_allclose(answer["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
+    assert set(answer["class_name"].numpy()) <= {b"%d" % digit for digit in range(10)}
+
+    again = script("export", f"--run={folder}", f"--output={path}", "--version=2")
+    assert again.returncode == 1 and "The next free one is 3" in again.stderr and "Traceback" not in again.stderr
+    (tmp_path / "file").write_text("")
+    nowhere = script("export", f"--run={folder}", f"--output={tmp_path / 'file' / 'digits'}")
+    assert nowhere.returncode == 1 and str(tmp_path / "file") in nowhere.stderr and "Traceback" not in nowhere.stderr
+    assert sorted(entry.name for entry in path.iterdir()) == ["1", "2"]
+
+
+def test_a_run_that_has_no_model_yet_is_not_exported(run, tmp_path):
+    folder, _ = run
+    untrained = tmp_path / "run"
+    untrained.mkdir()
+    shutil.copy(folder / "config.json", untrained)
+    result = script("export", f"--run={untrained}", f"--output={tmp_path / 'models'}")
+    assert result.returncode == 1 and "This run has no best model" in result.stderr
+    assert not (tmp_path / "models").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "messages"),
     [
@@ -122,6 +159,8 @@ def test_visualize_without_any_picture_fails_and_writes_nothing(run, tmp_path):
         ("train", ["--dataset=cifar10"], ["cifar10", "empty", "--data_dir"]),
         ("evaluate", ["--run=nowhere"], ["There is no run in this folder", "nowhere"]),
         ("visualize", ["--run=nowhere"], ["There is no run in this folder", "nowhere"]),
+        ("export", ["--run=nowhere", "--output=models"], ["There is no run in this folder", "nowhere"]),
+        ("export", ["--run=nowhere", "--output=models", "--dtype=float16"], ["float32|bfloat16"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -1,0 +1,193 @@
+"""The folder that is written: versions, operations, weights, and what happens when it cannot be written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+
+from aib_tf import export, models, ops
+from aib_tf.export import portability
+from tests.export.conftest import MODELS, build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MODELS["vgg_aib_qt"]()
+
+
+def saved(folder):
+    message = saved_model_pb2.SavedModel()
+    message.ParseFromString((folder / "saved_model.pb").read_bytes())
+    return message
+
+
+def test_versions_count_up_and_none_is_touched(model, tmp_path):
+    path = tmp_path / "digits"
+    assert export.next_version(path) == 1
+    assert export.saved_model(model, path) == path / "1"
+    assert export.saved_model(model, str(path), version=7) == path / "7"
+    (path / "notes").mkdir()
+    assert export.saved_model(model, path) == path / "8"
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    with pytest.raises(FileExistsError, match=r"next free one is 9\. .*version=7"):
+        export.saved_model(model, path, version=7)
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+    assert sorted(entry.name for entry in path.iterdir()) == ["1", "7", "8", "notes"]
+
+
+def test_weights_are_constants_stored_once_and_nothing_of_training_is_left(exported):
+    model, folder, _ = exported("vgg_aib_qt")
+    found = list(portability._operations(folder))
+    names = {name for name, _ in found}
+    training = ("BatchNorm", "Grad", "Backprop", "Assign", "Variable", "VarHandle", "Dropout", "Rsqrt")
+    assert not [name for name in names if any(part in name for part in training)]
+    assert {"Conv2D", "MatMul", "DecodeImage"} <= names
+    kernels = sum(weight.shape.num_elements() for weight in map(tf.convert_to_tensor, model.trainable_weights))
+    size = (folder / "saved_model.pb").stat().st_size
+    # Four bytes a weight, in one place although five signatures use them, and some 200 KB of graphs.
+    assert 4 * kernels < size < 4 * kernels + 400_000
+
+
+def test_only_operations_of_a_stock_tensorflow_are_let_out(tmp_path):
+    @keras.saving.register_keras_serializable(package="tests")
+    class CallsPython(keras.layers.Layer):
+        def call(self, x):
+            return tf.ensure_shape(tf.numpy_function(lambda x: x * 2, [x], tf.float32, stateful=False), x.shape)
+
+    backbone = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv"), CallsPython(), keras.layers.ReLU()]
+    )
+    model = models.attach_attention(backbone, "conv", 3)
+    with pytest.raises(export.UnportableModelError, match=r"calls Python.*Received: .*PyFunc"):
+        export.saved_model(model, tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+@pytest.mark.skipif(ops.implementation().name != "custom_op", reason=ops.implementation().reason)
+def test_the_compiled_op_stays_on_request_and_is_found(model, exported, pixels, tmp_path):
+    folder = export.saved_model(model, tmp_path / "model", dataset="cifar10", compiled_op=True)
+    assert "AibTf>NearestAnchor" in {name for name, _ in portability._operations(folder)}
+    with pytest.raises(export.UnportableModelError, match=r"Received: AibTf>NearestAnchor \(in function "):
+        export.check_stock_operations(folder)
+    images = tf.constant(pixels.astype(np.float32))
+    answer = tf.saved_model.load(str(folder)).signatures["explain"](images=images)
+    _, portable, loaded = exported("vgg_aib_qt")
+    export.check_stock_operations(portable)
+    expected = loaded.signatures["explain"](images=images)
+    np.testing.assert_array_equal(answer["anchor_index"], expected["anchor_index"])
+    np.testing.assert_allclose(answer["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiled_op_that_is_not_there_cannot_be_kept(model, tmp_path, monkeypatch):
+    missing = ops.implementation()._replace(name="tensorflow", reason="It was not built.")
+    monkeypatch.setattr("aib_tf.export.exporter.implementation", lambda: missing)
+    with pytest.raises(ImportError, match=r"It was not built\. Received: compiled_op=True"):
+        export.saved_model(model, tmp_path / "model", compiled_op=True)
+
+
+def test_without_a_data_set_pixels_are_scaled_to_one_and_classes_are_numbers(model, pixels, tmp_path):
+    folder = export.saved_model(model, tmp_path / "model")
+    answer = tf.saved_model.load(str(folder)).signatures["serving_default"](images=tf.constant(pixels, tf.float32))
+    expected = model.explain(pixels.astype(np.float32) / 255)["logits"]
+    np.testing.assert_allclose(answer["logits"], expected, rtol=2e-5, atol=2e-5)
+    assert answer["class_name"].numpy().tolist() == [str(label).encode() for label in answer["label"].numpy()]
+    named = export.saved_model(model, tmp_path / "model", class_names=[f"n{number}" for number in range(10)])
+    answer = tf.saved_model.load(str(named)).signatures["serving_default"](images=tf.constant(pixels, tf.float32))
+    assert answer["class_name"].numpy().tolist() == [f"n{label}".encode() for label in answer["label"].numpy()]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"dataset": "cifar100"}, ValueError, r"cifar100 has images \(32, 32, 3\) of 100 classes.*dataset='cifar100'"),
+        ({"dataset": "cluttered_digits"}, ValueError, r"images \(32, 32, 1\) of 10 classes, and vgg_aib_qt reads"),
+        ({"dataset": "imagenet"}, ValueError, "imagenet"),
+        (
+            {"class_names": ["a", "b"]},
+            ValueError,
+            r"one text for each of 10 classes. Received: class_names=\('a', 'b'\)",
+        ),
+        ({"class_names": range(10)}, ValueError, "one text for each of 10 classes"),
+        ({"version": 0}, ValueError, "version=0"),
+        ({"version": "1"}, ValueError, "version='1'"),
+        ({"dtype": "float16"}, ValueError, "dtype='float16'"),
+        ({"image_dtype": "int8"}, ValueError, "image_dtype='int8'"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named_and_nothing_is_written(model, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        export.saved_model(model, tmp_path / "model", **arguments)
+    assert not any(tmp_path.rglob("*.pb")) and not any((tmp_path / "model").glob("*"))
+
+
+def test_models_that_cannot_be_exported_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="AIBClassifier or a PayAttentionClassifier"):
+        export.saved_model(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), tmp_path / "model")
+    broken = build("vgg", width=0.05)
+    kernel = broken.features.layers[1].kernel
+    kernel.assign(np.full(kernel.shape, np.nan))
+    with pytest.raises(ValueError, match=f"NaN or infinite.*Received: .*{kernel.name}"):
+        export.saved_model(broken, tmp_path / "model")
+    backbone = keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+    sizeless = models.attach_attention(backbone, "conv", 10)
+    with pytest.raises(ValueError, match="fixed size: build the model with one, or name the data set"):
+        export.saved_model(sizeless, tmp_path / "model")
+    assert not any((tmp_path / "model").glob("*"))
+    folder = export.saved_model(sizeless, tmp_path / "model", dataset="cifar10")
+    signature = tf.saved_model.load(str(folder)).signatures["explain"]
+    assert signature.structured_outputs["attention_image"].shape.as_list() == [None, 32, 32]
+    assert signature(images=tf.zeros((1, 32, 32, 3)))["attention"].shape == (1, 30, 30)
+
+
+def test_a_folder_that_is_none_or_cannot_be_made_is_an_error(model, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match="file"):
+        export.saved_model(model, tmp_path / "file" / "model")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("error", [tf.errors.ResourceExhaustedError(None, None, "No space left"), KeyboardInterrupt()])
+def test_an_export_that_stops_half_way_leaves_nothing(model, tmp_path, monkeypatch, error):
+    save = tf.saved_model.save
+
+    def stop(module, folder, **options):
+        save(module, folder, **options)
+        raise error
+
+    monkeypatch.setattr(tf.saved_model, "save", stop)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError
+    with pytest.raises(expected, match=None if expected is KeyboardInterrupt else "No space left.*path="):
+        export.saved_model(model, tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files.")
+def test_a_disk_that_is_full_leaves_nothing(tmp_path):
+    # The system refuses what is written beyond 100 KB of a file, as it does on a disk that is full.
+    program = (
+        "import resource, signal, sys, aib_tf\n"
+        "model = aib_tf.models.build('vgg_aib', (32, 32, 3), 10, width=0.05, latent_dim=8)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        "    aib_tf.export.saved_model(model, sys.argv[1])\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    path = tmp_path / "model"
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert "nothing of it stays" in result.stdout and "Free the disk" in result.stdout
+    assert list(path.iterdir()) == []
