@@ -74,7 +74,7 @@ def saved_model(
         ValueError: for unknown choices, a data set or class names that do not fit the model, weights that are not
             finite.
         UnportableModelError: a ValueError, if a layer of the model makes operations that are not TensorFlow's own.
-        ImportError: with `compiled_op`, if it cannot be used here.
+        ImportError: with `compiled_op`, if it cannot be used here; on another Keras backend than TensorFlow.
         FileExistsError: if the version is there already; it stays as it is.
         OSError: if the folder cannot be written; nothing half-written stays.
     """
@@ -89,6 +89,11 @@ def saved_model(
         )
     if compiled_op and implementation().name != "custom_op":
         raise ImportError(f"The compiled op cannot be used: {implementation().reason} Received: compiled_op=True")
+    if keras.config.backend() != "tensorflow":
+        raise ImportError(
+            "A SavedModel is made by TensorFlow: save the model as .keras, and load it for the export in a process with "
+            f"KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.config.backend()}"
+        )
     check_classifier(model)
     preprocessing = Preprocessing.of(model, dataset, class_names)
     _check_finite(model)

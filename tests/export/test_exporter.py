@@ -93,6 +93,13 @@ def test_the_compiled_op_that_is_not_there_cannot_be_kept(model, tmp_path, monke
         export.saved_model(model, tmp_path / "model", compiled_op=True)
 
 
+def test_another_backend_is_told_what_to_do(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    with pytest.raises(ImportError, match=r"KERAS_BACKEND=tensorflow\. Received: KERAS_BACKEND=jax"):
+        export.saved_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_without_a_data_set_pixels_are_scaled_to_one_and_classes_are_numbers(model, pixels, tmp_path):
     folder = export.saved_model(model, tmp_path / "model")
     answer = tf.saved_model.load(str(folder)).signatures["serving_default"](images=tf.constant(pixels, tf.float32))
