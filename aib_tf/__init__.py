@@ -2,8 +2,8 @@
 
 The layers, models, losses and metrics are imported here, so that `import aib_tf` registers them with Keras
 and `keras.models.load_model` finds them. `aib_tf.convert`, `aib_tf.data`, `aib_tf.evaluation`, `aib_tf.export`,
-`aib_tf.training` and `aib_tf.visualization` are imported on first use: most of them need TensorFlow whatever the
-Keras backend is.
+`aib_tf.serving`, `aib_tf.training` and `aib_tf.visualization` are imported on first use: most of them need TensorFlow
+whatever the Keras backend is.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from aib_tf import config, layers, losses, metrics, models, ops
 
 __version__ = "0.1.0"
 
-_IMPORTED_ON_FIRST_USE = ("convert", "data", "evaluation", "export", "training", "visualization")
+_IMPORTED_ON_FIRST_USE = ("convert", "data", "evaluation", "export", "serving", "training", "visualization")
 
 __all__ = [
     "__version__",
@@ -26,6 +26,7 @@ __all__ = [
     "metrics",
     "models",
     "ops",
+    "serving",
     "training",
     "visualization",
 ]

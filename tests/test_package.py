@@ -29,6 +29,8 @@ def test_every_exported_name_is_there_once():
         aib_tf.data,
         aib_tf.training,
         aib_tf.evaluation,
+        aib_tf.export,
+        aib_tf.serving,
     ):
         assert all(hasattr(module, name) for name in module.__all__), module.__name__
         assert len(set(module.__all__)) == len(module.__all__)

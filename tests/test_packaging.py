@@ -28,7 +28,13 @@ LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 PYTHONS_OF_LOCK = {"lock.txt": range(10, 14), "jax.txt": range(10, 14), "oldest.txt": range(10, 13)}
 
 # Import name -> name on the package index, where they differ.
-DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "grpc": "grpcio",
+    "sklearn": "scikit-learn",
+    "tensorflow_serving": "tensorflow-serving-api",
+}
 # Needed without being imported by name.
 INDIRECT = {"tensorboard": "tf.summary", "importlib-resources": "TensorFlow Datasets, when it downloads"}
 

@@ -61,5 +61,6 @@ def test_flags_in_the_readme_are_flags_of_the_scripts():
         "checkpoint",
         "keras",
         "output",
+        "server",
     }
     assert set(re.findall(r"--([a-z_]+)", README)) <= known

@@ -91,8 +91,8 @@ def saved_model(
         raise ImportError(f"The compiled op cannot be used: {implementation().reason} Received: compiled_op=True")
     if keras.config.backend() != "tensorflow":
         raise ImportError(
-            "A SavedModel is made by TensorFlow: save the model as .keras, and load it for the export in a process with "
-            f"KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.config.backend()}"
+            "A SavedModel is made by TensorFlow: save the model as .keras, and load it for the export in a process "
+            f"with KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.config.backend()}"
         )
     check_classifier(model)
     preprocessing = Preprocessing.of(model, dataset, class_names)
