@@ -38,8 +38,8 @@ compiled := aib_tf/ops/_build.json
 compiled_for := $(VENV) $(AIB_TF_CUDA) $(AIB_TF_CUDA_ARCHITECTURES)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup train evaluate test test-backends test-bazel test-large test-native test-versions test-wheel
-.PHONY: lint format lock benchmark clean
+.PHONY: help setup train evaluate test test-backends test-bazel test-large test-loaders
+.PHONY: test-native test-versions test-wheel lint format lock benchmark clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile \
@@ -85,6 +85,14 @@ $(VENV)/jax/.ready: $(VENV)/.packages requirements/jax.txt
 	@$(pip) install --no-deps --target "$(VENV)/jax" -r requirements/jax.txt
 	@touch "$@"
 
+# An environment of its own, since its TensorFlow is another one.
+$(VENV)-loaders/.ready: requirements/loaders.txt | $(VENV)/.packages
+	@echo "Installing the packages of requirements/loaders.txt into $(VENV)-loaders: one to three minutes, once"
+	@rm -f "$@"
+	@$(python) -m venv --clear "$(VENV)-loaders"
+	@"$(VENV)-loaders/bin/python" -m pip --disable-pip-version-check -qq install -r requirements/loaders.txt
+	@touch "$@"
+
 train: setup ## train the default model on handwritten digits, and draw where it looks
 	@echo "Training $(CONFIG) into $(RUN)"
 	@$(python) scripts/train.py --flagfile="$(CONFIG)" --output_dir="$(RUN)"
@@ -101,6 +109,12 @@ test-backends: setup $(VENV)/jax/.ready ## run the conformance tests on the JAX 
 	@echo "Running the conformance tests on JAX"
 	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu PYTHONPATH="$$(cd "$(VENV)/jax" && pwd)" \
 		$(pytest) tests/test_conformance.py $(PYTEST_ARGS)
+
+# `make test` runs the same tests in the TensorFlow of $(VENV).
+test-loaders: setup $(VENV)-loaders/.ready ## run exported models in the oldest TensorFlow and in OpenVINO
+	@echo "Running exported models in the oldest TensorFlow and in OpenVINO"
+	@AIB_TF_LOADERS_PYTHON="$$(cd "$(VENV)-loaders/bin" && pwd)/python" \
+		$(pytest) tests/loaders -k "oldest_tensorflow or openvino" $(PYTEST_ARGS)
 
 test-bazel: $(VENV)/.packages ## build the ops with Bazel and run their tests on what it built
 	@command -v $(firstword $(BAZEL)) >/dev/null || { echo "make: there is no Bazel; install it (Debian:" \
@@ -161,6 +175,7 @@ lock: setup ## write the exact versions of requirements/ from pyproject.toml
 		--no-emit-package ml-dtypes --no-emit-package numpy \
 		--no-emit-package opt-einsum --no-emit-package scipy \
 		--output-file requirements/jax.txt >/dev/null
+	@$(uv) --group loaders --no-annotate --output-file requirements/loaders.txt >/dev/null
 
 benchmark: setup ## measure the input pipeline, a training step and the compiled op
 	@echo "Measuring the input pipeline"
@@ -172,7 +187,7 @@ benchmark: setup ## measure the input pipeline, a training step and the compiled
 
 clean: ## remove what these commands installed or cached; trained models stay
 	@echo "Removing environments, builds and caches"
-	@rm -rf "$(VENV)" "$(VENV)-oldest" .build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf "$(VENV)" "$(VENV)-loaders" "$(VENV)-oldest" .build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
 	@if [ -L bazel-out ]; then $(BAZEL) clean --expunge; fi
 	@rm -f aib_tf/ops/_build.json aib_tf/ops/*.so aib_tf/ops/*.partial
 	@find aib_tf benchmarks custom_ops scripts tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -25,7 +25,12 @@ RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["dependency-groups"]["dev"]]
 
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
-PYTHONS_OF_LOCK = {"lock.txt": range(10, 14), "jax.txt": range(10, 14), "oldest.txt": range(10, 13)}
+PYTHONS_OF_LOCK = {
+    "lock.txt": range(10, 14),
+    "jax.txt": range(10, 14),
+    "loaders.txt": range(10, 14),
+    "oldest.txt": range(10, 13),
+}
 
 # Import name -> name on the package index, where they differ.
 DISTRIBUTIONS = {
@@ -142,6 +147,15 @@ def test_jax_lock_adds_to_the_main_lock_without_overriding_it():
         added = pins("jax.txt", minor)
         assert {"jax", "jaxlib"} <= added.keys()
         assert added.keys() & pins("lock.txt", minor).keys() == set()
+
+
+def test_loaders_lock_has_openvino_and_the_oldest_tensorflow_of_each_python():
+    for minor in PYTHONS_OF_LOCK["loaders.txt"]:
+        pinned = pins("loaders.txt", minor)
+        assert "openvino" in pinned
+        if minor in PYTHONS_OF_LOCK["oldest.txt"]:
+            oldest = pins("oldest.txt", minor)["tensorflow"]
+            assert pinned["tensorflow"].rpartition(".")[0] == oldest.rpartition(".")[0]
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)

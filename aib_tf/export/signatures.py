@@ -23,8 +23,10 @@ def signatures_of(inference, preprocessing, image_dtype="float32"):
     names = tf.constant(preprocessing.class_names)
 
     def pixels_of(images):
-        images = tf.ensure_shape(images, images_spec.shape)
-        return tf.cast(_at_least_one(images, "images"), tf.float32)
+        return tf.cast(_checked(images, images_spec), tf.float32)
+
+    def decoded(image_bytes):
+        return preprocessing.decode(_checked(image_bytes, bytes_spec))
 
     def named(prediction):
         label = tf.argmax(prediction["probabilities"], axis=-1)
@@ -39,8 +41,7 @@ def signatures_of(inference, preprocessing, image_dtype="float32"):
 
     @tf.function(input_signature=[bytes_spec])
     def serve_bytes(image_bytes):
-        pixels = tf.cast(preprocessing.decode(_at_least_one(image_bytes, "image_bytes")), tf.float32)
-        return classified({"logits": inference.classify(pixels)})
+        return classified({"logits": inference.classify(tf.cast(decoded(image_bytes), tf.float32))})
 
     @tf.function(input_signature=[images_spec])
     def explain(images):
@@ -65,8 +66,7 @@ def signatures_of(inference, preprocessing, image_dtype="float32"):
 
     @tf.function(input_signature=[bytes_spec])
     def preprocess(image_bytes):
-        images = preprocessing.decode(_at_least_one(image_bytes, "image_bytes"))
-        return {"images": tf.cast(images, image_dtype)}
+        return {"images": tf.cast(decoded(image_bytes), image_dtype)}
 
     signatures = [serving_default, serve_bytes, explain, preprocess]
     if inference.predict_mc is not None:
@@ -74,9 +74,10 @@ def signatures_of(inference, preprocessing, image_dtype="float32"):
     return {signature.__name__: signature for signature in signatures}
 
 
-def _at_least_one(batch, name):
-    """Returns the batch, of at least one row."""
-    message = f"`{name}` must hold at least one image. Received: {name}.shape="
+def _checked(batch, spec):
+    """Returns the batch, which has the shape of its spec and at least one row: a server feeds what it is given."""
+    batch = tf.ensure_shape(batch, spec.shape)
+    message = f"`{spec.name}` must hold at least one image. Received: {spec.name}.shape="
     shape = tf.shape(batch)
     with tf.control_dependencies([tf.debugging.Assert(shape[0] > 0, [message, shape])]):
         return tf.identity(batch)
