@@ -177,11 +177,13 @@ lock: setup ## write the exact versions of requirements/ from pyproject.toml
 		--output-file requirements/jax.txt >/dev/null
 	@$(uv) --group loaders --no-annotate --output-file requirements/loaders.txt >/dev/null
 
-benchmark: setup ## measure the input pipeline, a training step and the compiled op
+benchmark: setup ## measure the input pipeline, a training step, an exported model and the compiled op
 	@echo "Measuring the input pipeline"
 	@$(python) benchmarks/pipeline.py
 	@echo "Measuring a training step and inference; PYTORCH=PYTHON names a Python that has the rival"
 	@$(python) benchmarks/training.py $(if $(PYTORCH),--pytorch="$(PYTORCH)")
+	@echo "Measuring an exported model"
+	@$(python) benchmarks/serving.py $(if $(PYTORCH),--pytorch="$(PYTORCH)")
 	@echo "Measuring the compiled op"
 	@$(python) benchmarks/nearest_anchor.py
 

@@ -497,14 +497,9 @@ class _Graph:
                 if tensor.op.name in read
             }
             tf.graph_util.import_graph_def(graph_def, input_map=inputs, name="imported")
-            operations = {
-                name: graph.get_operation_by_name(f"imported/{name}") for name in self.nodes if name not in inputs
-            }
-            return {
-                name: operation.inputs[0].shape.as_list()
-                for name, operation in operations.items()
-                if operation.type == op and operation.inputs[0].shape.rank is not None
-            }
+            names = [name for name, node in self.nodes.items() if node.op == op]
+            shapes = {name: graph.get_operation_by_name(f"imported/{name}").inputs[0].shape for name in names}
+        return {name: shape.as_list() for name, shape in shapes.items() if shape.rank is not None}
 
     def _splice(self, name, tensor, shape, build):
         """Puts what `build` makes of a tensor in the place of a node."""

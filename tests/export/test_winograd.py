@@ -57,12 +57,12 @@ def test_the_rounding_error_is_small_with_many_channels():
 @pytest.mark.parametrize(
     ("shape", "kernel_shape", "suitable"),
     [
-        ((None, 8, 8, 128), (3, 3, 128, 128), True),
-        ((None, 7, 8, 128), (3, 3, 128, 128), False),
-        ((None, 8, 8, 64), (3, 3, 64, 128), False),
-        ((None, 8, 8, 128), (3, 3, 128, 64), False),
-        ((None, 8, 8, 256), (3, 3, 128, 256), False),
-        ((None, 8, 8, 128), (1, 3, 128, 128), False),
+        ((None, 16, 8, 128), (3, 3, 128, 128), True),
+        ((None, 15, 8, 128), (3, 3, 128, 128), False),
+        ((None, 16, 8, 64), (3, 3, 64, 128), False),
+        ((None, 16, 8, 128), (3, 3, 128, 64), False),
+        ((None, 16, 8, 256), (3, 3, 128, 256), False),
+        ((None, 16, 8, 128), (1, 3, 128, 128), False),
         ((None, None, 8, 128), (3, 3, 128, 128), False),
     ],
     ids=["large", "low", "few_inputs", "few_outputs", "groups", "flat", "unknown"],
@@ -83,12 +83,12 @@ def test_what_is_suitable_is_large_and_of_known_size(shape, kernel_shape, suitab
     ids=["same", "valid", "strided", "dilated", "small"],
 )
 def test_a_frozen_function_may_use_it(layer, expected):
-    images = keras.Input((12, 9, 128))
+    images = keras.Input((18, 9, 128))
     model = keras.Model(images, keras.layers.Rescaling(2.0, offset=1.0)(layer(images)))
     if layer.use_bias:
         layer.bias.assign(np.random.default_rng(1).normal(size=128))
-    x = tf.constant(np.random.default_rng(0).normal(size=(3, 12, 9, 128)), tf.float32)
-    spec = [tf.TensorSpec((None, 12, 9, 128))]
+    x = tf.constant(np.random.default_rng(0).normal(size=(3, 18, 9, 128)), tf.float32)
+    spec = [tf.TensorSpec((None, 18, 9, 128))]
 
     def inference(images):
         return model(images, training=False)
@@ -102,11 +102,11 @@ def test_a_frozen_function_may_use_it(layer, expected):
 
 def test_a_map_that_others_read_without_its_bias_stays():
     convolution = keras.layers.Conv2D(128, 3, padding="same", use_bias=False)
-    images = keras.Input((8, 8, 128))
+    images = keras.Input((16, 8, 128))
     maps = convolution(images)
     model = keras.Model(images, [maps, keras.layers.ReLU()(maps + 1.0), maps * maps])
-    x = tf.constant(np.random.default_rng(0).normal(size=(2, 8, 8, 128)), tf.float32)
-    frozen = freeze(lambda x: model(x), [tf.TensorSpec((None, 8, 8, 128))])
+    x = tf.constant(np.random.default_rng(0).normal(size=(2, 16, 8, 128)), tf.float32)
+    frozen = freeze(lambda x: model(x), [tf.TensorSpec((None, 16, 8, 128))])
     assert ops_of(frozen)["Conv2D"] == 6
     for result, expected in zip(frozen(x), model(x), strict=True):
         np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * np.max(np.abs(expected)))
