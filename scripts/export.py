@@ -17,6 +17,11 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "What convolutions and matrix products are computed in."
 )
 _IMAGE_DTYPE = flags.DEFINE_enum("image_dtype", "float32", ["float32", "uint8"], "Type of the pixels in a request.")
+_FAST_CONVOLUTIONS = flags.DEFINE_bool(
+    "fast_convolutions",
+    True,
+    "Half the multiplications and twice the weights in large float32 3x3 convolutions: for CPUs.",
+)
 _JIT_COMPILE = flags.DEFINE_bool("jit_compile", False, "Have XLA compile the model, on servers that allow it.")
 _COMPILED_OP = flags.DEFINE_bool("compiled_op", False, "Keep the compiled op, for servers that were built with it.")
 
@@ -32,6 +37,7 @@ def main(arguments):
         dataset=config.data.name,
         dtype=_DTYPE.value,
         image_dtype=_IMAGE_DTYPE.value,
+        fast_convolutions=_FAST_CONVOLUTIONS.value,
         jit_compile=_JIT_COMPILE.value,
         compiled_op=_COMPILED_OP.value,
     )

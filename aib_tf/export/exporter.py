@@ -29,6 +29,7 @@ def saved_model(
     class_names=None,
     dtype="float32",
     image_dtype="float32",
+    fast_convolutions=True,
     jit_compile=False,
     compiled_op=False,
 ):
@@ -62,6 +63,9 @@ def saved_model(
         dtype: "bfloat16" for convolutions and matrix products in bfloat16, with weights of half the size; all inputs
             and outputs stay as they are.
         image_dtype: type of `images`, "float32" or "uint8", which is a fourth of the bytes in a request.
+        fast_convolutions: whether large float32 3x3 convolutions take half the multiplications and twice the weights
+            (Winograd's minimal filtering), which is for CPUs; False for a GPU, whose libraries choose such ways
+            themselves, and for the smallest folder.
         jit_compile: whether XLA compiles the model, once for each batch size; the server must have been started with
             it (`--xla_cpu_compilation_enabled` of TensorFlow Serving).
         compiled_op: keep the compiled op in the graph, for servers that were built with it.
@@ -98,7 +102,7 @@ def saved_model(
     preprocessing = Preprocessing.of(model, dataset, class_names)
     _check_finite(model)
     with files.new_folder(path / str(version)) as folder:
-        inference = inference_of(model, preprocessing, dtype, jit_compile, compiled_op)
+        inference = inference_of(model, preprocessing, dtype, fast_convolutions, jit_compile, compiled_op)
         module = tf.Module()
         signatures = signatures_of(inference, preprocessing, image_dtype)
         with _as_os_error(path):

@@ -15,13 +15,14 @@ MAX_SAMPLES = 1_000
 _CHUNK = 64
 
 
-def inference_of(model, preprocessing, dtype="float32", jit_compile=False, compiled_op=False):
+def inference_of(model, preprocessing, dtype="float32", fast_convolutions=True, jit_compile=False, compiled_op=False):
     """The computation of a classifier at inference, from raw pixels.
 
     Args:
         model: an `AIBClassifier` or a `PayAttentionClassifier`.
         preprocessing: the `Preprocessing` of its images.
         dtype: "float32" or "bfloat16", see `freeze`.
+        fast_convolutions: see `freeze`.
         jit_compile: whether XLA compiles the pieces.
         compiled_op: whether a quantizer uses the compiled op, where it does at training.
 
@@ -30,7 +31,7 @@ def inference_of(model, preprocessing, dtype="float32", jit_compile=False, compi
         `predict_mc(pixels, samples, seed)`, else None there; functions of float32 pixels (B, H, W, channels) to be
         called in a `tf.function`.
     """
-    pieces = _Pieces(preprocessing, dtype, jit_compile)
+    pieces = _Pieces(preprocessing, dtype, fast_convolutions, jit_compile)
     if isinstance(model, PayAttentionClassifier):
         return _PayAttentionInference(model, pieces)
     return _VariationalInference(model, pieces, compiled_op)
@@ -48,13 +49,14 @@ def check_classifier(model):
 class _Pieces:
     """Freezes functions with the options of one export."""
 
-    def __init__(self, preprocessing, dtype, jit_compile):
+    def __init__(self, preprocessing, dtype, fast_convolutions, jit_compile):
         self.pixels = tf.TensorSpec((None, *preprocessing.image_shape))
         self._scale, self._offset = preprocessing.scale, preprocessing.offset
-        self._dtype, self._jit_compile = dtype, jit_compile
+        self._options = {"dtype": dtype, "fast_convolutions": fast_convolutions}
+        self._jit_compile = jit_compile
 
     def freeze(self, function, *specs):
-        frozen = freeze(function, specs, dtype=self._dtype)
+        frozen = freeze(function, specs, **self._options)
         return tf.function(frozen, jit_compile=True) if self._jit_compile else frozen
 
     def normalize(self, pixels):

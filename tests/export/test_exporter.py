@@ -56,6 +56,20 @@ def test_weights_are_constants_stored_once_and_nothing_of_training_is_left(expor
     assert 4 * kernels < size < 4 * kernels + 400_000
 
 
+def test_fast_convolutions_are_an_option(tmp_path):
+    layers = [keras.layers.Conv2D(128, 3, padding="same", name=name) for name in ("first", "second")]
+    model = models.attach_attention(keras.Sequential([keras.Input((16, 16, 3)), *layers]), "first", 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.float32)
+    expected = model.explain(pixels / 255)["logits"]
+    counts = []
+    for fast in (True, False):
+        folder = export.saved_model(model, tmp_path / "model", fast_convolutions=fast)
+        counts.append([name for name, _ in portability._operations(folder)].count("Conv2D"))
+        answer = tf.saved_model.load(str(folder)).signatures["serving_default"](images=tf.constant(pixels))
+        np.testing.assert_allclose(answer["logits"], expected, rtol=2e-5, atol=2e-5)
+    assert counts[0] > counts[1]
+
+
 def test_only_operations_of_a_stock_tensorflow_are_let_out(tmp_path):
     @keras.saving.register_keras_serializable(package="tests")
     class CallsPython(keras.layers.Layer):

@@ -138,7 +138,9 @@ def test_the_table_of_signatures_is_that_of_a_model(signatures):
 def test_every_flag_on_the_page_is_one_of_a_script_or_of_the_server():
     known = {"silent", "show-error", "fail-with-body", "data", "branch", "depth", "dir", "all"}
     for script in ("export", "predict"):
-        known |= set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "scripts" / f"{script}.py").read_text()))
+        source = (ROOT / "scripts" / f"{script}.py").read_text()
+        known |= set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
+        known |= {f"no{name}" for name in re.findall(r'DEFINE_bool\(\s*"(\w+)"', source)}
     known |= set(re.findall(r"--(\w+)=", (ROOT / "deploy" / "serve.sh").read_text()))
     # Others of the server, as in tensorflow_serving/model_servers/main.cc.
     known |= {"tensorflow_intra_op_parallelism", "tensorflow_inter_op_parallelism", "xla_cpu_compilation_enabled"}
