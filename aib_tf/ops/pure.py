@@ -163,7 +163,14 @@ def _nearest_index(x, anchors, count_not_above):
 
 def _searchsorted(ascending, position):
     """How many of the ascending values are not above each position."""
-    above = ops.searchsorted(ascending, ops.reshape(position, (-1,)), side="right")
+    flat = ops.reshape(position, (-1,))
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # That of Keras 3.10 takes the length of a tensor, which a graph does not have.
+        above = tf.searchsorted(ascending, flat, side="right")
+    else:
+        above = ops.searchsorted(ascending, flat, side="right")
     return ops.reshape(ops.cast(above, "int32"), ops.shape(position))
 
 
