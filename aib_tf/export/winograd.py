@@ -12,8 +12,12 @@ a quarter of the multiplications would be left, and more memory traffic and ops 
 grow, too. Here it is about twice that of the direct sum.
 """
 
+import functools
+
 import numpy as np
 import tensorflow as tf
+
+from aib_tf.export.graph import attribute, computes_in, is_channels_last
 
 TAPS, OUTPUTS = 3, 4
 PRODUCTS = OUTPUTS + TAPS - 1
@@ -63,6 +67,32 @@ def is_suitable(shape, kernel_shape):
     return shape[3] == kernel_shape[2] and min(kernel_shape[2:]) >= MIN_CHANNELS and shape[1] >= MIN_HEIGHT
 
 
+def convolve_by_winograd(graph):
+    """Replaces 3x3 convolutions of a `Graph`, and their biases, where minimal filtering is faster."""
+    users = graph.users()
+    for name, shape in graph.input_shapes("Conv2D").items():
+        node = graph.nodes[name]
+        kernel = graph.value(node.input[1])
+        if kernel is None or not _is_plain(node) or not is_suitable(shape, kernel.shape):
+            continue
+        bias, last = np.zeros(kernel.shape[-1]), name
+        if len(users[name]) == 1 and users[name][0][0].op == "BiasAdd" and name not in graph.outputs:
+            reader = users[name][0][0]
+            value = graph.value(reader.input[1])
+            if value is not None:
+                bias, last = value, reader.name
+        padding = attribute(node, "padding").s.decode()
+        build = functools.partial(convolution, kernel=kernel, bias=bias, padding=padding)
+        graph.splice(last, node.input[0], shape, build)
+
+
+def _is_plain(node):
+    """Whether a Conv2D is one of float32, stride 1 and no dilation, with a padding that `convolution` knows."""
+    steps = {*attribute(node, "strides").list.i, *attribute(node, "dilations").list.i}
+    known = attribute(node, "padding").s in (b"SAME", b"VALID")
+    return computes_in(node, tf.float32) and is_channels_last(node) and known and steps == {1}
+
+
 def convolution(x, kernel, bias, padding):
     """A 3x3 convolution of stride 1, and a bias.
 
@@ -95,11 +125,12 @@ def convolution(x, kernel, bias, padding):
     # What the synthesis makes of it is the bias in each output, and a convolution with a bias is one op.
     biases = np.outer(np.linalg.pinv(to_outputs) @ np.ones(OUTPUTS), bias)
 
-    transformed = tf.matmul(tf.constant(analysis, tf.float32), tf.reshape(x, (-1, height, width * channels)))
-    transformed = tf.unstack(tf.reshape(transformed, (-1, PRODUCTS, tiles, width, channels)), axis=1)
-    products = [
-        tf.nn.bias_add(tf.nn.conv2d(part, tf.constant(k, tf.float32), 1, padding), tf.constant(b, tf.float32))
-        for part, k, b in zip(transformed, kernels, biases, strict=True)
-    ]
-    products = tf.concat([tf.reshape(each, (-1, tiles, columns * len(bias))) for each in products], axis=1)
-    return tf.reshape(tf.matmul(tf.constant(synthesis, tf.float32), products), (-1, rows, columns, len(bias)))
+    with tf.name_scope("winograd"):
+        transformed = tf.matmul(tf.constant(analysis, tf.float32), tf.reshape(x, (-1, height, width * channels)))
+        transformed = tf.unstack(tf.reshape(transformed, (-1, PRODUCTS, tiles, width, channels)), axis=1)
+        products = [
+            tf.nn.bias_add(tf.nn.conv2d(part, tf.constant(k, tf.float32), 1, padding), tf.constant(b, tf.float32))
+            for part, k, b in zip(transformed, kernels, biases, strict=True)
+        ]
+        products = tf.concat([tf.reshape(each, (-1, tiles, columns * len(bias))) for each in products], axis=1)
+        return tf.reshape(tf.matmul(tf.constant(synthesis, tf.float32), products), (-1, rows, columns, len(bias)))
