@@ -124,7 +124,7 @@ def write_json(path: str | os.PathLike, data) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[Path]:
-    """Removes the temporary files that a killed process left in `folder`.
+    """Removes the temporary files and folders that a killed process left in `folder`.
 
     Call it only while no other process writes there.
 
@@ -133,7 +133,10 @@ def remove_leftovers(folder: str | os.PathLike) -> list[Path]:
     """
     leftovers = sorted(Path(folder).glob(f".*{_MARK}*"))
     for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     return leftovers
 
 

@@ -29,6 +29,10 @@ for name in models batching monitoring; do
 done
 config=$(cd -- "$config" && pwd)
 
+shopt -s extglob
+offered=$(grep -v '^ *#' "$config/models.config") || true
+offered=${offered// /}
+
 folders=()
 while (($# > 0)) && [[ $1 != -- ]]; do
   folders+=("$1")
@@ -44,7 +48,9 @@ for folder in "${folders[@]}"; do
     fail "No version of a model is in $folder: it must hold one as 1/saved_model.pb. Give the folder of all versions."
   folder=$(cd -- "$folder" && pwd)
   target=/models/${folder##*/}
-  grep -Eq "^[^#]*base_path: *[\"']$target/?[\"']" "$config/models.config" ||
+  # Compared literally: a name may hold what means something else in a pattern.
+  literal=${target// /}
+  [[ $offered == *"base_path:"[\"\']"$literal"?(/)[\"\']* ]] ||
     fail "$config/models.config has no model with base_path: \"$target\". Add a config { } for it, as for the others."
   mounts+=(--mount "type=bind,source=$folder,target=$target,readonly")
 done

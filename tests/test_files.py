@@ -109,6 +109,13 @@ def test_of_a_failed_folder_nothing_stays(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_folder_of_a_killed_process_is_removed(tmp_path):
+    (tmp_path / ".0123456789ab.tmp.1" / "variables").mkdir(parents=True)
+    (tmp_path / "1").mkdir()
+    files.remove_leftovers(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
+
+
 def test_a_new_folder_takes_the_place_of_none(tmp_path):
     (tmp_path / "1").mkdir()
     with pytest.raises(FileExistsError, match="path="), files.new_folder(tmp_path / "1"):

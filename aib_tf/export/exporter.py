@@ -13,11 +13,13 @@ from aib_tf.export.inference import check_classifier, inference_of
 from aib_tf.export.portability import check_stock_operations
 from aib_tf.export.preprocessing import Preprocessing
 from aib_tf.export.signatures import signatures_of
-from aib_tf.export.warmup import write_warmup_requests
+from aib_tf.export.warmup import warmup_requests, write_warmup_requests
 from aib_tf.ops import implementation
 from aib_tf.validation import check_choice, check_count
 
 _logger = logging.getLogger(__name__)
+
+_MAX_VERSION = 2**63 - 1  # TensorFlow Serving counts in int64
 
 
 def saved_model(
@@ -27,6 +29,8 @@ def saved_model(
     *,
     dataset=None,
     class_names=None,
+    mean=None,
+    stddev=None,
     dtype="float32",
     image_dtype="float32",
     fast_convolutions=True,
@@ -41,7 +45,7 @@ def saved_model(
 
     - serving_default: images (B, H, W, C), pixels 0..255 -> logits and probabilities, float32 (B, classes), label,
       int64 (B,), and class_name, string (B,).
-    - serve_bytes: image_bytes, string (B,), JPEG or PNG of any size -> the same.
+    - serve_bytes: image_bytes, string (B,), JPEG or PNG of any size -> the same; of models of grey or RGB images.
     - explain: images -> the same, and attention (B, h, w), the same at the size of the images, attention_image
       (B, H, W), attention_quantized and anchor_index (B, h, w), rate_bits (B,); of the parts that the model has. Of
       "Learn To Pay Attention": attention1, attention1_image ... instead.
@@ -57,9 +61,13 @@ def saved_model(
         path: folder of the versions; its name is that of the model in TensorFlow Serving.
         version: a number from 1 up; None for the one after the largest that is there.
         dataset: name or `DatasetInfo` of the data set that the model was trained on, for the statistics that normalise
-            pixels, how pictures are resized, and the class names. None: the model reads pixels / 255, pictures are
-            resized to its input, and classes are called by their numbers.
-        class_names: names of the classes in the place of those of the data set.
+            pixels, how pictures are resized, and the class names. None: the next three say so, and pictures are
+            resized to the model's input.
+        class_names: names of the classes, in the place of those of the data set; numbers where there is neither.
+        mean: number, or one a channel. Without a data set the model reads (pixels / 255 - mean) / stddev, by default
+            pixels / 255. Many of keras.applications read -1 to 1, which is mean=0.5, stddev=0.5, or 0 to 255, which is
+            stddev=1/255.
+        stddev: the same.
         dtype: "bfloat16" for convolutions and matrix products in bfloat16, with weights of half the size; all inputs
             and outputs stay as they are.
         image_dtype: type of `images`, "float32" or "uint8", which is a fourth of the bytes in a request.
@@ -75,8 +83,8 @@ def saved_model(
 
     Raises:
         TypeError: if the model is of another class.
-        ValueError: for unknown choices, a data set or class names that do not fit the model, weights that are not
-            finite.
+        ValueError: for unknown choices, a data set, statistics or class names that do not fit the model, weights that
+            are not finite.
         UnportableModelError: a ValueError, if a layer of the model makes operations that are not TensorFlow's own.
         ImportError: with `compiled_op`, if it cannot be used here; on another Keras backend than TensorFlow.
         FileExistsError: if the version is there already; it stays as it is.
@@ -84,13 +92,8 @@ def saved_model(
     """
     check_choice("dtype", dtype, ("float32", "bfloat16"))
     check_choice("image_dtype", image_dtype, ("float32", "uint8"))
-    path = Path(path)
-    version = next_version(path) if version is None else check_count("version", version)
-    if (path / str(version)).exists():
-        raise FileExistsError(
-            f"This version exists, and a server may be using it. The next free one is {next_version(path)}. "
-            f"Received: path={str(path)!r}, version={version}"
-        )
+    if version is not None:
+        check_count("version", version, maximum=_MAX_VERSION)
     if compiled_op and implementation().name != "custom_op":
         raise ImportError(f"The compiled op cannot be used: {implementation().reason} Received: compiled_op=True")
     if keras.config.backend() != "tensorflow":
@@ -99,29 +102,58 @@ def saved_model(
             f"with KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.config.backend()}"
         )
     check_classifier(model)
-    preprocessing = Preprocessing.of(model, dataset, class_names)
+    preprocessing = Preprocessing.of(model, dataset, class_names, mean, stddev)
     _check_finite(model)
-    with files.new_folder(path / str(version)) as folder:
+
+    def write(folder):
         inference = inference_of(model, preprocessing, dtype, fast_convolutions, jit_compile, compiled_op)
-        module = tf.Module()
         signatures = signatures_of(inference, preprocessing, image_dtype)
+        inputs = {name: signature.input_signature for name, signature in signatures.items()}
+        # Nobody trains what is served: gradients stay out.
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         with _as_os_error(path):
-            # Nobody trains what is served: gradients stay out.
-            options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-            tf.saved_model.save(module, str(folder), signatures=signatures, options=options)
-            if not compiled_op:
-                check_stock_operations(folder)
-            inputs = {name: signature.input_signature for name, signature in signatures.items()}
+            tf.saved_model.save(tf.Module(), str(folder), signatures=signatures, options=options)
+        if not compiled_op:
+            check_stock_operations(folder, xla=jit_compile)
+        with _as_os_error(path):
             write_warmup_requests(folder, path.resolve().name, inputs)
-    _logger.info("Wrote version %d of %s to %s.", version, model.name, path / str(version))
-    return path / str(version)
+        _check_answers(folder, inputs)
+
+    path = Path(path)
+    folder = _new_version(path, version, write)
+    _logger.info("Wrote version %s of %s to %s.", folder.name, model.name, folder)
+    return folder
 
 
 def next_version(path):
     """The number after the largest version folder in `path`, 1 where there is none."""
+    return 1 + max(_versions(path), default=0)
+
+
+def _versions(path):
     path = Path(path)
     entries = path.iterdir() if path.is_dir() else ()
-    return 1 + max((int(entry.name) for entry in entries if entry.name.isdecimal()), default=0)
+    return [int(entry.name) for entry in entries if entry.name.isdecimal()]
+
+
+def _new_version(path, version, write):
+    """Makes the folder of a version, or of the next one, which another exporter may have taken meanwhile."""
+    while True:
+        number = next_version(path) if version is None else version
+        if number in _versions(path):
+            raise FileExistsError(
+                f"This version exists, and a server may be using it. The next free one is {next_version(path)}. "
+                f"Received: path={str(path)!r}, version={version}"
+            )
+        target = path / str(number)
+        try:
+            with files.new_folder(target) as folder:
+                write(folder)
+        except FileExistsError:
+            if version is None and number in _versions(path):
+                continue
+            raise
+        return target
 
 
 def _check_finite(model):
@@ -132,6 +164,14 @@ def _check_finite(model):
                 "A weight of the model is NaN or infinite, and so would every answer be: take weights from before the "
                 f"training diverged. Received: {variable.path}"
             )
+
+
+def _check_answers(folder, inputs):
+    """Loads what was written and sends it one request of each kind: a server that finds one refused loads no model."""
+    loaded = tf.saved_model.load(str(folder))
+    for request in warmup_requests("", inputs, batch_sizes=[1]):
+        signature = loaded.signatures[request.model_spec.signature_name]
+        signature(**{name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()})
 
 
 @contextlib.contextmanager

@@ -53,11 +53,12 @@ class _Pieces:
         self.pixels = tf.TensorSpec((None, *preprocessing.image_shape))
         self._scale, self._offset = preprocessing.scale, preprocessing.offset
         self._options = {"dtype": dtype, "fast_convolutions": fast_convolutions}
-        self._jit_compile = jit_compile
+        self.jit_compile = jit_compile
 
     def freeze(self, function, *specs):
+        """The frozen function, as a `ConcreteFunction`."""
         frozen = freeze(function, specs, **self._options)
-        return tf.function(frozen, jit_compile=True) if self._jit_compile else frozen
+        return tf.function(frozen, jit_compile=True).get_concrete_function(*specs) if self.jit_compile else frozen
 
     def normalize(self, pixels):
         return pixels * self._scale + self._offset
@@ -99,15 +100,15 @@ class _VariationalInference:
         def decode(code):
             return tf.cast(model.decoder(code, training=False), tf.float32)
 
-        # Of these images: the model itself may take any size.
-        shape = model.features.compute_output_shape(pieces.pixels.shape.as_list())
-        features = _spec(shape, model.features.compute_dtype)
-        attention = [_spec((*shape[:-1], 1))] if self._has_attention else []
         self._perceive = pieces.freeze(perceive, pieces.pixels)
+        # As they are for these images: the model may take any size, and have been loaded under another dtype policy.
+        features, *attention = (tf.TensorSpec.from_tensor(tensor) for tensor in self._perceive.structured_outputs)
+        attention = attention[:1]
         self._quantize = pieces.freeze(quantize, *attention) if self._has_quantizer else None
         self._encode = pieces.freeze(encode, features, *attention)
-        self._decode = pieces.freeze(decode, _spec(model.decoder.input_shape))
-        self._map_shape = shape[1:3] if self._has_attention else (0, 0)
+        self._decode = pieces.freeze(decode, tf.TensorSpec((None, *model.decoder.input_shape[1:])))
+        self._map_shape = features.shape[1:3] if self._has_attention else (0, 0)
+        self._static_chunk = pieces.jit_compile
         self._code_size = model.decoder.input_shape[-1] if self._has_bottleneck else 0
         self._classes = model.decoder.output_shape[-1]
 
@@ -162,7 +163,9 @@ class _VariationalInference:
         features, *attention = self._perceive(pixels)
         batch = tf.shape(features)[0]
         largest = tf.reduce_max(samples)
-        chunk = tf.clip_by_value(_CHUNK // batch, 1, largest)
+        chunk = tf.maximum(_CHUNK // batch, 1)
+        if not self._static_chunk:  # XLA would compile anew for each number of samples
+            chunk = tf.minimum(chunk, largest)
 
         def repeated(x):
             return tf.repeat(x, chunk, axis=0)
@@ -252,7 +255,3 @@ class _PayAttentionInference:
 def _entropy_bits(probabilities):
     """Entropy over the last axis, in bits; 0 where all probabilities are 0."""
     return nats_to_bits(-tf.reduce_sum(tf.math.xlogy(probabilities, probabilities), axis=-1))
-
-
-def _spec(shape, dtype="float32"):
-    return tf.TensorSpec((None, *shape[1:]), dtype)

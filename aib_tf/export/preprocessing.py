@@ -28,7 +28,7 @@ class Preprocessing:
     info: data.DatasetInfo | None
 
     @classmethod
-    def of(cls, model, dataset=None, class_names=None):
+    def of(cls, model, dataset=None, class_names=None, mean=None, stddev=None):
         """Finds out how images come to a model.
 
         Args:
@@ -36,10 +36,13 @@ class Preprocessing:
             dataset: name or `DatasetInfo` of what it was trained on: its statistics normalise, its classes have names.
                 None: pixels are scaled to 0..1, and classes are called by their number.
             class_names: names of the classes in the place of those of the data set.
+            mean: number, or one a channel, without a data set: the model reads (pixels / 255 - mean) / stddev.
+            stddev: the same.
 
         Raises:
-            ValueError: for an unknown data set, one that does not fit to the model, a number of names that is not the
-                number of classes, or a model of no fixed image size without a data set to give it one.
+            ValueError: for statistics beside a data set, or that are no numbers (`stddev` above 0); for an unknown data
+                set, one that does not fit to the model, a number of names that is not the number of classes, or a
+                model of no fixed image size without a data set to give it one.
         """
         info = data.get(dataset) if isinstance(dataset, str) else dataset
         shape = tuple(model.features.input_shape[1:])
@@ -53,17 +56,21 @@ class Preprocessing:
                 f"Received: model {model.name} with input shape {model.features.input_shape}, dataset=None"
             )
         if info is None:
-            scale, offset = np.full(shape[-1], 1 / 255, np.float32), np.zeros(shape[-1], np.float32)
+            scale, offset = _scale_and_offset(shape[-1], mean, stddev)
         else:
+            if mean is not None or stddev is not None:
+                raise ValueError(
+                    f"{info.name} has statistics of its own: give them or the data set. "
+                    f"Received: dataset={info.name!r}, mean={mean!r}, stddev={stddev!r}"
+                )
             scale, offset = data.scale_and_offset(info)
         if class_names is None:
             class_names = info.class_names if info is not None else [str(number) for number in range(classes)]
-        class_names = tuple(class_names)
-        if len(class_names) != classes or not all(isinstance(name, str) for name in class_names):
+        if len(class_names) != classes or isinstance(class_names, str) or not all(map(_is_text, class_names)):
             raise ValueError(
                 f"`class_names` must be one text for each of {classes} classes. Received: class_names={class_names!r}"
             )
-        return cls(shape, scale, offset, class_names, info)
+        return cls(shape, scale, offset, tuple(class_names), info)
 
     def decode(self, image_bytes):
         """Encoded pictures, a string tensor (B,) -> uint8 (B, H, W, channels), resized as in the evaluation.
@@ -89,3 +96,28 @@ def _check_fits(model, shape, classes, info):
             f"{info.name} has images {info.image_shape} of {info.classes} classes, and {model.name} reads images "
             f"{shape} of {classes}. Name the data set that the model was trained on. Received: dataset={info.name!r}"
         )
+
+
+def _scale_and_offset(channels, mean, stddev):
+    """float32 (channels,) each, from statistics of pixels in 0..1."""
+    try:
+        means, deviations = (
+            np.broadcast_to(np.asarray(default if value is None else value, np.float64), (channels,))
+            for value, default in ((mean, 0), (stddev, 1))
+        )
+        valid = np.isfinite(means).all() and np.isfinite(deviations).all() and (deviations > 0).all()
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"`mean` and `stddev` must be a number or {channels} numbers, one a channel, and `stddev` above 0. "
+            f"Received: mean={mean!r}, stddev={stddev!r}"
+        )
+    return (1 / (255 * deviations)).astype(np.float32), (-means / deviations).astype(np.float32)
+
+
+def _is_text(name):
+    try:
+        return isinstance(name, str) and name.encode() is not None
+    except UnicodeEncodeError:  # half of a pair of UTF-16
+        return False

@@ -4,6 +4,9 @@ import tensorflow as tf
 
 from aib_tf.export.inference import MAX_SAMPLES
 
+# Channels of what a JPEG or a PNG decodes to: grey, RGB.
+_PICTURES = (1, 3)
+
 
 def signatures_of(inference, preprocessing, image_dtype="float32"):
     """Makes the signatures that TensorFlow Serving offers.
@@ -68,7 +71,9 @@ def signatures_of(inference, preprocessing, image_dtype="float32"):
     def preprocess(image_bytes):
         return {"images": tf.cast(decoded(image_bytes), image_dtype)}
 
-    signatures = [serving_default, serve_bytes, explain, preprocess]
+    signatures = [serving_default, explain]
+    if channels in _PICTURES:
+        signatures += [serve_bytes, preprocess]
     if inference.predict_mc is not None:
         signatures.append(predict_mc)
     return {signature.__name__: signature for signature in signatures}

@@ -40,7 +40,7 @@ def write_warmup_requests(
     """Writes one request for each signature and batch size, whole or not at all.
 
     A request of n float32 `images` holds 4 n H W C bytes, which with the default sizes is 0.5 MB a signature for images
-    of 32x32x3, and 99 MB for 448x448x3. For images that large, give fewer batch sizes, here and to the server.
+    of 32x32x3, and 99 MB for 448x448x3: where that is too much, the file can be deleted.
 
     Args:
         folder: folder of one version of a SavedModel.

@@ -2,6 +2,7 @@
 
 import random
 import re
+import shlex
 import urllib.parse
 from collections.abc import Callable, Mapping
 from time import sleep
@@ -127,14 +128,15 @@ class Client:
         """Says what failed, what was tried and what to do."""
         transport = self._transport
         times = "once" if attempts == 1 else f"{attempts} times"
+        name = shlex.quote(self._model)
         # Without the node of the graph, which a kernel's message ends with; `details` has it.
         said = " ".join(re.sub(r"\[\[.*\]\]", "", failure.details).split()).rstrip(".")
         if failure.code == "UNAVAILABLE":
             return (
                 f"The {transport.protocol} server at {self._server} is not available, tried {times}: {said}. Is it "
                 f"running, and is this its {transport.protocol} port ({transport.default_port} by default)? To start "
-                f'one: `docker run --rm -p 8500:8500 -p 8501:8501 -v "$PWD/models/{self._model}:/models/{self._model}" '
-                f"-e MODEL_NAME={self._model} tensorflow/serving`."
+                f'one: `docker run --rm -p 8500:8500 -p 8501:8501 -v "$PWD"/models/{name}:/models/{name} '
+                f"-e MODEL_NAME={name} tensorflow/serving`."
             )
         if failure.code == "DEADLINE_EXCEEDED":
             return (

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 
 from aib_tf import data, export, models
 
@@ -44,6 +45,13 @@ MODELS = {
 def pixels():
     """Five images, uint8 (5, 32, 32, 3)."""
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+
+
+def operations_of(folder):
+    """The types of all operations of a SavedModel and its functions."""
+    saved_model = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    graph = saved_model.meta_graphs[0].graph_def
+    return [node.op for nodes in (graph.node, *(each.node_def for each in graph.library.function)) for node in nodes]
 
 
 def normalized(pixels, name="cifar10"):

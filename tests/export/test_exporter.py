@@ -3,17 +3,18 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.core.protobuf import saved_model_pb2
 
 from aib_tf import export, models, ops
 from aib_tf.export import portability
-from tests.export.conftest import MODELS, build
+from aib_tf.export.exporter import next_version
+from tests.export.conftest import MODELS, build, operations_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,15 +24,9 @@ def model():
     return MODELS["vgg_aib_qt"]()
 
 
-def saved(folder):
-    message = saved_model_pb2.SavedModel()
-    message.ParseFromString((folder / "saved_model.pb").read_bytes())
-    return message
-
-
 def test_versions_count_up_and_none_is_touched(model, tmp_path):
     path = tmp_path / "digits"
-    assert export.next_version(path) == 1
+    assert next_version(path) == 1
     assert export.saved_model(model, path) == path / "1"
     assert export.saved_model(model, str(path), version=7) == path / "7"
     (path / "notes").mkdir()
@@ -45,8 +40,7 @@ def test_versions_count_up_and_none_is_touched(model, tmp_path):
 
 def test_weights_are_constants_stored_once_and_nothing_of_training_is_left(exported):
     model, folder, _ = exported("vgg_aib_qt")
-    found = list(portability._operations(folder))
-    names = {name for name, _ in found}
+    names = set(operations_of(folder))
     training = ("BatchNorm", "Grad", "Backprop", "Assign", "Variable", "VarHandle", "Dropout", "Rsqrt")
     assert not [name for name in names if any(part in name for part in training)]
     assert {"Conv2D", "MatMul", "DecodeImage"} <= names
@@ -64,10 +58,58 @@ def test_fast_convolutions_are_an_option(tmp_path):
     counts = []
     for fast in (True, False):
         folder = export.saved_model(model, tmp_path / "model", fast_convolutions=fast)
-        counts.append([name for name, _ in portability._operations(folder)].count("Conv2D"))
+        counts.append(operations_of(folder).count("Conv2D"))
         answer = tf.saved_model.load(str(folder)).signatures["serving_default"](images=tf.constant(pixels))
         np.testing.assert_allclose(answer["logits"], expected, rtol=2e-5, atol=2e-5)
     assert counts[0] > counts[1]
+
+
+def test_statistics_normalise_where_there_is_no_data_set(model, pixels, tmp_path):
+    images = pixels.astype(np.float32)
+    mean, stddev = np.array([0.2, 0.4, 0.5]), 0.5
+    folder = export.saved_model(model, tmp_path / "model", mean=mean, stddev=stddev)
+    answer = tf.saved_model.load(str(folder)).signatures["serving_default"](images=tf.constant(images))
+    expected = model.explain((images / 255 - mean) / stddev)["logits"]
+    np.testing.assert_allclose(answer["logits"], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_two_exporters_at_once_take_a_number_each(model, tmp_path, monkeypatch):
+    save, path = tf.saved_model.save, tmp_path / "model"
+
+    def and_another_is_faster(module, folder, **options):
+        save(module, folder, **options)
+        if not (path / "1").exists():
+            (path / "1").mkdir()
+
+    monkeypatch.setattr(tf.saved_model, "save", and_another_is_faster)
+    assert export.saved_model(model, path) == path / "2"
+    assert list((path / "1").iterdir()) == []
+    with pytest.raises(FileExistsError, match="version=1"):
+        export.saved_model(model, path, version=1)
+
+
+def test_a_version_is_its_number(model, tmp_path):
+    (tmp_path / "model" / "007").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="next free one is 8"):
+        export.saved_model(model, tmp_path / "model", version=7)
+    assert export.saved_model(model, tmp_path / "model", version=np.int64(3)) == tmp_path / "model" / "3"
+
+
+def test_a_model_that_refuses_its_warm_up_is_not_let_out(model, tmp_path, monkeypatch):
+    load = tf.saved_model.load
+
+    def load_broken(folder):
+        loaded = load(folder)
+
+        def refuse(**inputs):
+            raise tf.errors.InvalidArgumentError(None, None, "Expects arg[0] to be float but bfloat16 is provided")
+
+        return types.SimpleNamespace(signatures={**loaded.signatures, "explain": refuse})
+
+    monkeypatch.setattr(tf.saved_model, "load", load_broken)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        export.saved_model(model, tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []
 
 
 def test_only_operations_of_a_stock_tensorflow_are_let_out(tmp_path):
@@ -85,16 +127,29 @@ def test_only_operations_of_a_stock_tensorflow_are_let_out(tmp_path):
     assert list((tmp_path / "model").iterdir()) == []
 
 
+def test_a_part_that_demands_xla_is_refused_unless_all_does(tmp_path):
+    @keras.saving.register_keras_serializable(package="tests")
+    class Compiled(keras.layers.Layer):
+        def call(self, x):
+            return tf.function(tf.nn.relu, jit_compile=True)(x)
+
+    layers = [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv"), Compiled()]
+    model = models.attach_attention(keras.Sequential(layers), "conv", 3)
+    with pytest.raises(export.UnportableModelError, match=r"jit_compile=True.*Received: functions "):
+        export.saved_model(model, tmp_path / "model")
+    assert export.saved_model(model, tmp_path / "model", jit_compile=True) == tmp_path / "model" / "1"
+
+
 @pytest.mark.skipif(ops.implementation().name != "custom_op", reason=ops.implementation().reason)
 def test_the_compiled_op_stays_on_request_and_is_found(model, exported, pixels, tmp_path):
     folder = export.saved_model(model, tmp_path / "model", dataset="cifar10", compiled_op=True)
-    assert "AibTf>NearestAnchor" in {name for name, _ in portability._operations(folder)}
+    assert "AibTf>NearestAnchor" in set(operations_of(folder))
     with pytest.raises(export.UnportableModelError, match=r"Received: AibTf>NearestAnchor \(in function "):
-        export.check_stock_operations(folder)
+        portability.check_stock_operations(folder)
     images = tf.constant(pixels.astype(np.float32))
     answer = tf.saved_model.load(str(folder)).signatures["explain"](images=images)
     _, portable, loaded = exported("vgg_aib_qt")
-    export.check_stock_operations(portable)
+    portability.check_stock_operations(portable)
     expected = loaded.signatures["explain"](images=images)
     np.testing.assert_array_equal(answer["anchor_index"], expected["anchor_index"])
     np.testing.assert_allclose(answer["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
@@ -134,9 +189,15 @@ def test_without_a_data_set_pixels_are_scaled_to_one_and_classes_are_numbers(mod
         (
             {"class_names": ["a", "b"]},
             ValueError,
-            r"one text for each of 10 classes. Received: class_names=\('a', 'b'\)",
+            r"one text for each of 10 classes. Received: class_names=\['a', 'b'\]",
         ),
         ({"class_names": range(10)}, ValueError, "one text for each of 10 classes"),
+        ({"class_names": "abcdefghij"}, ValueError, "one text for each of 10 classes"),
+        ({"class_names": [*"abcdefghi", "\ud800"]}, ValueError, "one text for each of 10 classes"),
+        ({"stddev": 0}, ValueError, "mean=None, stddev=0"),
+        ({"mean": [0.1, 0.2]}, ValueError, r"3 numbers, one a channel.*mean=\[0.1, 0.2\]"),
+        ({"mean": 0.5, "dataset": "cifar10"}, ValueError, "cifar10 has statistics of its own.*mean=0.5"),
+        ({"version": 2**63}, ValueError, "version=9223372036854775808"),
         ({"version": 0}, ValueError, "version=0"),
         ({"version": "1"}, ValueError, "version='1'"),
         ({"dtype": "float16"}, ValueError, "dtype='float16'"),
