@@ -50,6 +50,9 @@ def _drop_idle_control_edges(graph):
     checks = set()
     for name in graph.ordered():
         node = graph.nodes[name]
+        if node.op == "Const":
+            # It has nothing to wait for: outputs wait for the checks themselves.
+            del node.input[:]
         if is_stateful(node) or any(source(tensor)[0] in checks for tensor in node.input):
             checks.add(name)
         node.input[:] = [tensor for tensor in node.input if not tensor.startswith("^") or tensor[1:] in checks]
@@ -141,6 +144,21 @@ def _scaled(product, weights, scale):
     if product.op == "DepthwiseConv2dNative":
         return weights * scale.reshape(weights.shape[-2:])
     return weights * (scale[:, None] if product.op == "MatMul" and attribute(product, "transpose_b").b else scale)
+
+
+def keep_apart(graph):
+    """Makes plain additions of biases that TensorFlow's optimizer would trip over.
+
+    It fuses product, bias, addition and ReLU, and where the sum has another reader it fails for the whole graph, of
+    which nothing is then fused (TensorFlow 2.21: "remapper failed: ... fanout exist for missing node").
+    """
+    users = graph.users()
+    for name, node in list(graph.nodes.items()):
+        if node.op == "BiasAdd" and len(users[name]) == 1 and name not in graph.outputs:
+            reader = users[name][0][0]
+            readers = [each.op for each, _, index in users[reader.name] if index >= 0]
+            if reader.op in ("Add", "AddV2") and len(readers) > 1 and any("elu" in op for op in readers):
+                graph.add(name, "AddV2", node.input, T=attribute(node, "T").type)
 
 
 def fold_constants(graph):

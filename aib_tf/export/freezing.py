@@ -9,7 +9,7 @@ from tensorflow.python.framework import op_def_registry
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2_as_graph
 
 from aib_tf.export.bfloat16 import compute_in_bfloat16
-from aib_tf.export.folding import fold_affine, fold_checks, fold_constants, fold_forwarding
+from aib_tf.export.folding import fold_affine, fold_checks, fold_constants, fold_forwarding, keep_apart
 from aib_tf.export.graph import BATCH_NORMS, Graph, attribute, import_graph
 from aib_tf.export.winograd import convolve_by_winograd
 from aib_tf.validation import check_choice
@@ -75,6 +75,7 @@ def freeze(function, specs, dtype="float32", fast_convolutions=True):
         compute_in_bfloat16(graph)
     if fast_convolutions:
         convolve_by_winograd(graph)
+    keep_apart(graph)
     graph.prune()
     graph_def = graph.to_graph_def()
     _require_stateless(graph_def, set(), {})

@@ -35,6 +35,24 @@ class Graph:
             # Colocation names nodes that may vanish; Python's gradients are none of a server's.
             for name in ("_class", "_gradient_op_type", "_output_shapes"):
                 node.attr.pop(name, None)
+        self._release_from_xla()
+
+    def _release_from_xla(self):
+        """Lets functions run without XLA, which Keras demands for grouped convolutions, and servers leave out."""
+        renamed = {}
+        for function in self.library.function:
+            if function.attr["_XlaMustCompile"].b:
+                # The process holds the function by its name, with the demand.
+                renamed[function.signature.name] = f"{function.signature.name}_without_xla"
+                function.signature.name = renamed[function.signature.name]
+            function.attr.pop("_XlaMustCompile", None)
+        bodies = [function.node_def for function in self.library.function]
+        for node in (each for nodes in (self.nodes.values(), *bodies) for each in nodes):
+            node.attr.pop("_XlaMustCompile", None)
+            for value in node.attr.values():
+                for called in (value.func, *value.list.func):
+                    if called.name in renamed:
+                        called.name = renamed[called.name]
 
     def to_graph_def(self, names=None):
         """The GraphDef of some nodes, or of all but the arguments, with the functions that they call."""

@@ -17,7 +17,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from aib_tf.export.graph import attribute, computes_in, is_channels_last
+from aib_tf.export.graph import attribute, computes_in, has_control_inputs, is_channels_last
 
 TAPS, OUTPUTS = 3, 4
 PRODUCTS = OUTPUTS + TAPS - 1
@@ -63,8 +63,12 @@ def is_suitable(shape, kernel_shape):
     """
     if len(shape) != 4 or None in shape[1:] or tuple(kernel_shape[:2]) != (TAPS, TAPS):
         return False
-    # Groups of channels have kernels of fewer inputs.
-    return shape[3] == kernel_shape[2] and min(kernel_shape[2:]) >= MIN_CHANNELS and shape[1] >= MIN_HEIGHT
+    height, channels, outputs = shape[1], *kernel_shape[2:]
+    if shape[3] != channels or min(channels, outputs) < MIN_CHANNELS or height < MIN_HEIGHT:
+        return False  # the first for groups of channels, whose kernels have fewer inputs
+    # The matrices of the transforms are as large as the height: for each place, they cost in proportion to
+    # height (channels + outputs), and save in proportion to channels outputs.
+    return height * (channels + outputs) <= channels * outputs
 
 
 def convolve_by_winograd(graph):
@@ -72,7 +76,7 @@ def convolve_by_winograd(graph):
     users = graph.users()
     for name, shape in graph.input_shapes("Conv2D").items():
         node = graph.nodes[name]
-        kernel = graph.value(node.input[1])
+        kernel = None if has_control_inputs(node) else graph.value(node.input[1])
         if kernel is None or not _is_plain(node) or not is_suitable(shape, kernel.shape):
             continue
         bias, last = np.zeros(kernel.shape[-1]), name

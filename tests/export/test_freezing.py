@@ -216,6 +216,73 @@ def test_a_condition_on_data_stays_and_one_on_constants_goes():
     assert ops_of(frozen)["Assert"] == 1
 
 
+def test_a_constant_that_waits_for_a_check_is_folded_and_the_check_kept():
+    def compute(x, flag):
+        with tf.control_dependencies([tf.debugging.Assert(flag, ["flag is false"])]):
+            return x + tf.cast(tf.range(4) * 2, tf.float32)
+
+    frozen = freeze(compute, [tf.TensorSpec((None, 4)), tf.TensorSpec((), tf.bool)])
+    assert "Range" not in ops_of(frozen)
+    np.testing.assert_array_equal(frozen(tf.zeros((1, 4)), tf.constant(True)), [[0, 2, 4, 6]])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="flag is false"):
+        frozen(tf.zeros((1, 4)), tf.constant(False))
+
+
+# A server of TensorFlow Serving leaves XLA out, and what demands it fails there; Python's default does not.
+WITHOUT_XLA = """
+import ctypes, os, sys
+import numpy as np
+import tensorflow as tf
+
+library = ctypes.CDLL(os.path.join(os.path.dirname(tf.__file__), "libtensorflow_cc.so.2"))
+library._ZN10tensorflow21DisableXlaCompilationEv()
+answer = tf.saved_model.load(sys.argv[1]).signatures["serving_default"](x=tf.constant(np.load(sys.argv[1] + "/x.npy")))
+np.save(sys.argv[1] + "/y.npy", answer["y"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="The symbol that switches XLA off has its name of Linux.")
+@pytest.mark.parametrize("onednn", ["0", "1"])
+def test_grouped_convolutions_do_not_demand_xla(onednn, tmp_path):
+    layers = keras.layers
+    model = network(
+        layers.Conv2D(8, 3, groups=2, padding="same"),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.Conv2D(16, 3, groups=4, strides=2),
+        layers.Conv2D(16, 3, groups=16, dilation_rate=2),
+        shape=(16, 16, 4),
+    )
+    x = batch(3, 16, 16, 4)
+    frozen = freeze(inference(model), [tf.TensorSpec((None, 16, 16, 4), name="x")])
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 16, 16, 4), name="x")])
+    def serve(x):
+        return {"y": frozen(x)}
+
+    tf.saved_model.save(tf.Module(), str(tmp_path), signatures=serve)
+    np.save(tmp_path / "x.npy", x)
+    environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": onednn, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", WITHOUT_XLA, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert_same(np.load(tmp_path / "y.npy"), model(x, training=False))
+
+
+def test_residual_blocks_are_still_fused_by_tensorflow(capfd):
+    images = x = keras.Input((16, 16, 8))
+    for _ in range(2):
+        shortcut = x
+        x = keras.layers.Conv2D(8, 3, padding="same")(keras.layers.ReLU()(x))
+        x = keras.layers.add([keras.layers.BatchNormalization()(x), shortcut])
+    model = with_statistics(keras.Model(images, keras.layers.ReLU()(x)))
+    frozen = freeze(inference(model), [tf.TensorSpec((None, 16, 16, 8))])
+    assert not NORMALISATION & set(ops_of(frozen))
+    values = batch(3, 16, 16, 8)
+    assert_same(tf.function(frozen)(values), model(values, training=False))
+    assert "remapper failed" not in capfd.readouterr().err
+
+
 def test_a_large_fill_is_not_stored():
     frozen = freeze(lambda x: x + tf.zeros((1000, 1000)), [tf.TensorSpec((1000, 1000))])
     assert frozen.graph.as_graph_def().ByteSize() < 10_000

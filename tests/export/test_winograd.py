@@ -64,8 +64,10 @@ def test_the_rounding_error_is_small_with_many_channels():
         ((None, 16, 8, 256), (3, 3, 128, 256), False),
         ((None, 16, 8, 128), (1, 3, 128, 128), False),
         ((None, None, 8, 128), (3, 3, 128, 128), False),
+        ((None, 65, 9, 128), (3, 3, 128, 128), False),
+        ((None, 65, 9, 256), (3, 3, 256, 256), True),
     ],
-    ids=["large", "low", "few_inputs", "few_outputs", "groups", "flat", "unknown"],
+    ids=["large", "low", "few_inputs", "few_outputs", "groups", "flat", "unknown", "high", "high_and_wide"],
 )
 def test_what_is_suitable_is_large_and_of_known_size(shape, kernel_shape, suitable):
     assert winograd.is_suitable(shape, kernel_shape) == suitable
