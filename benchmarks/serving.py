@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from training import OURS, Worker, processor, version_of
+from training import OURS, Worker, announce
 
 # TensorFlow is imported in the workers alone.
 
@@ -198,23 +198,8 @@ def main() -> None:
     sizes = QUICK if arguments.quick else Sizes()
     sizes = sizes._replace(**{name: getattr(arguments, name) for name in sizes._fields if getattr(arguments, name)})
     sys.stdout.reconfigure(line_buffering=True)
-    print(f"TensorFlow {version_of('tensorflow', sys.executable)}, {processor()}, width {sizes.width:g}")
-    if os.getloadavg()[0] > 0.5:
-        print(
-            f"This machine is busy: load {os.getloadavg()[0]:.1f}. PyTorch's threads then wait for one another, up to "
-            "100 times as long as they compute, and no ratio says anything."
-        )
-    if arguments.quick:
-        print("quick: so small that no goal can be judged")
-    pytorch = arguments.pytorch or sys.executable
-    version = version_of("torch", pytorch)
-    if version is None and arguments.pytorch:
-        raise SystemExit(f"{pytorch} has no PyTorch")
-    if version is None:
-        print("PyTorch: not measured, it is not installed here; --pytorch names a Python that has it")
-    else:
-        print(f"PyTorch {version}")
-    measure(sizes, list(TOLERANCES), pytorch if version else None)
+    pytorch = announce(sizes.width, arguments.quick, arguments.pytorch)
+    measure(sizes, list(TOLERANCES), pytorch)
 
 
 if __name__ == "__main__":

@@ -277,6 +277,27 @@ def version_of(module: str, python: str) -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
+def announce(width, quick, pytorch):
+    """Prints what is about to be measured where; returns the Python of the rival, or None where there is none."""
+    print(f"TensorFlow {version_of('tensorflow', sys.executable)}, {processor()}, width {width:g}")
+    if os.getloadavg()[0] > 0.5:
+        print(
+            f"This machine is busy: load {os.getloadavg()[0]:.1f}. PyTorch's threads then wait for one another, up to "
+            "100 times as long as they compute, and no ratio says anything."
+        )
+    if quick:
+        print("quick: so small that no goal can be judged")
+    rival = pytorch or sys.executable
+    version = version_of("torch", rival)
+    if version is None and pytorch:
+        raise SystemExit(f"{pytorch} has no PyTorch")
+    if version is None:
+        print("PyTorch: not measured, it is not installed here; --pytorch names a Python that has it")
+    else:
+        print(f"PyTorch {version}")
+    return rival if version else None
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -298,24 +319,9 @@ def main() -> None:
     chosen = {name: getattr(arguments, name) for name in ("width", "batch", "rounds") if getattr(arguments, name)}
     sizes, report = sizes._replace(**chosen), Report()
     sys.stdout.reconfigure(line_buffering=True)
-    print(f"TensorFlow {version_of('tensorflow', sys.executable)}, {processor()}, width {sizes.width:g}")
-    if os.getloadavg()[0] > 0.5:
-        print(
-            f"This machine is busy: load {os.getloadavg()[0]:.1f}. PyTorch's threads then wait for one another, up to "
-            "100 times as long as they compute, and no ratio says anything."
-        )
-    if arguments.quick:
-        print("quick: so small that no goal can be judged")
-    pytorch = arguments.pytorch or sys.executable
-    version = version_of("torch", pytorch)
-    if version is None and arguments.pytorch:
-        raise SystemExit(f"{pytorch} has no PyTorch")
-    if version is None:
-        print("PyTorch: not measured, it is not installed here; --pytorch names a Python that has it")
-    else:
-        print(f"PyTorch {version}")
+    pytorch = announce(sizes.width, arguments.quick, arguments.pytorch)
     for task in arguments.task:
-        measure(report, task, sizes, pytorch if version else None, arguments.jit_compile)
+        measure(report, task, sizes, pytorch, arguments.jit_compile)
     report.summary()
 
 
