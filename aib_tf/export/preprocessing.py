@@ -46,7 +46,7 @@ class Preprocessing:
         """
         info = data.get(dataset) if isinstance(dataset, str) else dataset
         shape = tuple(model.features.input_shape[1:])
-        classes = model.compute_output_shape(model.features.input_shape)[-1]
+        classes = model.classes
         if info is not None:
             _check_fits(model, shape, classes, info)
             shape = info.image_shape

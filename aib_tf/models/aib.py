@@ -94,9 +94,10 @@ class AIBClassifier(keras.Model):
             code = self.bottleneck(code, training=training)
         return self.decoder(code, training=training)
 
-    def compute_output_shape(self, input_shape):
-        """Returns (B, classes)."""
-        return (input_shape[0], self.decoder.output_shape[-1])
+    @property
+    def classes(self):
+        """The number of classes."""
+        return self.decoder.output_shape[-1]
 
     @property
     def attention_names(self):

@@ -49,6 +49,7 @@ class PayAttentionClassifier(keras.Model):
 
     Attributes:
         attention_names: the entries of `explain` that are attention maps (B, h, w).
+        classes: the number of classes.
 
     Raises:
         TypeError: if one of `attentions` is no `PayAttention`.
@@ -100,11 +101,11 @@ class PayAttentionClassifier(keras.Model):
             if not layer.built:
                 layer.build(*shapes)
 
-    def compute_output_shape(self, input_shape):
-        """Returns (B, classes)."""
+    @property
+    def classes(self):
+        """The number of classes."""
         depths = len(self.attentions) if self.combine == "concat" else 1
-        pooled_size = depths * self.features.output_shape[-1][-1]
-        return self.classifiers[0].compute_output_shape((input_shape[0], pooled_size))
+        return self.classifiers[0].compute_output_shape((None, depths * self.features.output_shape[-1][-1]))[-1]
 
     def call(self, images, training=None):
         """Returns the (B, classes) logits."""
