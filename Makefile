@@ -75,6 +75,7 @@ $(compiled): $(VENV)/.packages custom_ops/compile.py $(wildcard custom_ops/*/*.h
 # An editable install compiles as well, and has nothing to do after it.
 $(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py aib_tf/__init__.py | $(compiled)
 	@echo "Installing aib_tf into $(VENV), as a link to this folder"
+	@rm -rf ./*.egg-info # of an older pyproject.toml, which would be read first
 	@$(pip) install --no-deps --no-build-isolation --editable .
 	@touch "$@"
 
