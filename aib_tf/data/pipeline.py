@@ -248,7 +248,7 @@ def normalize_images(images, info: datasets.DatasetInfo):
     Returns:
         (images / 255 - mean) / stddev, float32, of the same kind and shape.
     """
-    scale, offset = scale_and_offset(info)
+    scale, offset = scale_and_offset(info.mean, info.stddev)
     if tf.is_tensor(images):
         return tf.cast(images, tf.float32) * scale + offset
     return np.asarray(images, np.float32) * scale + offset
@@ -264,7 +264,7 @@ def denormalize_images(images, info: datasets.DatasetInfo):
     Returns:
         uint8 of the same kind and shape, rounded, and clipped to 0 and 255.
     """
-    scale, offset = scale_and_offset(info)
+    scale, offset = scale_and_offset(info.mean, info.stddev)
     if tf.is_tensor(images):
         pixels = (tf.cast(images, tf.float32) - offset) / scale
         return tf.cast(tf.clip_by_value(tf.round(pixels), 0.0, 255.0), tf.uint8)
@@ -272,9 +272,17 @@ def denormalize_images(images, info: datasets.DatasetInfo):
     return np.clip(np.rint(pixels), 0.0, 255.0).astype(np.uint8)
 
 
-def scale_and_offset(info: datasets.DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
-    """What normalises: float32 (C,) each, so that normalised = pixels in 0..255 * scale + offset."""
-    mean, stddev = np.asarray(info.mean), np.asarray(info.stddev)
+def scale_and_offset(mean, stddev) -> tuple[np.ndarray, np.ndarray]:
+    """What normalises, by statistics of pixels in 0..1.
+
+    Args:
+        mean: (C,), or a number.
+        stddev: (C,), or a number.
+
+    Returns:
+        scale and offset, float32 of the same shape: normalised = pixels in 0..255 * scale + offset.
+    """
+    mean, stddev = np.asarray(mean), np.asarray(stddev)
     return (1.0 / (255.0 * stddev)).astype(np.float32), (-mean / stddev).astype(np.float32)
 
 

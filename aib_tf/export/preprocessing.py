@@ -56,21 +56,21 @@ class Preprocessing:
                 f"Received: model {model.name} with input shape {model.features.input_shape}, dataset=None"
             )
         if info is None:
-            scale, offset = _scale_and_offset(shape[-1], mean, stddev)
+            mean, stddev = _statistics(shape[-1], mean, stddev)
         else:
             if mean is not None or stddev is not None:
                 raise ValueError(
                     f"{info.name} has statistics of its own: give them or the data set. "
                     f"Received: dataset={info.name!r}, mean={mean!r}, stddev={stddev!r}"
                 )
-            scale, offset = data.scale_and_offset(info)
+            mean, stddev = info.mean, info.stddev
         if class_names is None:
             class_names = info.class_names if info is not None else [str(number) for number in range(classes)]
         if len(class_names) != classes or isinstance(class_names, str) or not all(map(_is_text, class_names)):
             raise ValueError(
                 f"`class_names` must be one text for each of {classes} classes. Received: class_names={class_names!r}"
             )
-        return cls(shape, scale, offset, tuple(class_names), info)
+        return cls(shape, *data.scale_and_offset(mean, stddev), tuple(class_names), info)
 
     def decode(self, image_bytes):
         """Encoded pictures, a string tensor (B,) -> uint8 (B, H, W, channels), resized as in the evaluation.
@@ -98,8 +98,8 @@ def _check_fits(model, shape, classes, info):
         )
 
 
-def _scale_and_offset(channels, mean, stddev):
-    """float32 (channels,) each, from statistics of pixels in 0..1."""
+def _statistics(channels, mean, stddev):
+    """Mean and standard deviation of pixels in 0..1, float64 (channels,) each."""
     try:
         means, deviations = (
             np.broadcast_to(np.asarray(default if value is None else value, np.float64), (channels,))
@@ -113,7 +113,7 @@ def _scale_and_offset(channels, mean, stddev):
             f"`mean` and `stddev` must be a number or {channels} numbers, one a channel, and `stddev` above 0. "
             f"Received: mean={mean!r}, stddev={stddev!r}"
         )
-    return (1 / (255 * deviations)).astype(np.float32), (-means / deviations).astype(np.float32)
+    return means, deviations
 
 
 def _is_text(name):

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import aib_tf
 from aib_tf.export.freezing import freeze
+from tests.export.conftest import as_trained
 
 IMAGES = tf.TensorSpec((None, 16, 16, 3), name="images")
 NORMALISATION = {"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3", "Rsqrt"}
@@ -21,23 +22,11 @@ def batch(*shape, seed=0):
     return tf.constant(np.random.default_rng(seed).normal(size=shape).astype("float32"))
 
 
-def with_statistics(model):
-    """Lets batch normalisation and biases do something, as they do after training."""
-    random = np.random.default_rng(1)
-    for variable in model.weights:
-        name = variable.path.rpartition("/")[2]
-        if name in ("moving_variance", "gamma"):
-            variable.assign(random.uniform(0.5, 2.0, variable.shape))
-        elif name in ("moving_mean", "beta", "bias"):
-            variable.assign(random.normal(scale=0.3, size=variable.shape))
-    return model
-
-
 def network(*layers, shape=(16, 16, 3)):
     x = images = keras.Input(shape)
     for layer in layers:
         x = layer(x)
-    return with_statistics(keras.Model(images, x))
+    return as_trained(keras.Model(images, x))
 
 
 def inference(model):
@@ -85,7 +74,7 @@ def attention_and_logits(model):
     ],
 )
 def test_a_frozen_model_gives_what_explain_gives(name, width, kept):
-    model = with_statistics(aib_tf.models.build(name, (32, 32, 3), classes=10, width=width, seed=0))
+    model = as_trained(aib_tf.models.build(name, (32, 32, 3), classes=10, width=width, seed=0))
     images = batch(5, 32, 32, 3)
     frozen = freeze(attention_and_logits(model), [tf.TensorSpec((None, 32, 32, 3))])
     (mean, stddev), outputs = frozen(images)
@@ -104,7 +93,7 @@ def test_a_frozen_model_gives_what_explain_gives(name, width, kept):
 
 
 def test_a_backbone_of_keras_is_frozen():
-    backbone = with_statistics(keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, include_top=False, weights=None))
+    backbone = as_trained(keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, include_top=False, weights=None))
     nested = keras.Sequential([keras.Input((32, 32, 3)), backbone, keras.layers.GlobalAveragePooling2D()])
     frozen = freeze(inference(nested), [tf.TensorSpec((None, 32, 32, 3))])
     images = batch(2, 32, 32, 3)
@@ -169,7 +158,7 @@ def test_what_another_layer_reads_stays_as_it_is():
     convolution, norm = keras.layers.Conv2D(4, 3, padding="same"), keras.layers.BatchNormalization()
     images = keras.Input((16, 16, 3))
     maps = convolution(images)
-    model = with_statistics(keras.Model(images, [norm(maps), keras.layers.GlobalMaxPooling2D()(maps), maps]))
+    model = as_trained(keras.Model(images, [norm(maps), keras.layers.GlobalMaxPooling2D()(maps), maps]))
     pictures = batch(3, 16, 16, 3)
     frozen = freeze(inference(model), [IMAGES])
     assert_same(frozen(pictures), model(pictures, training=False))
@@ -275,7 +264,7 @@ def test_residual_blocks_are_still_fused_by_tensorflow(capfd):
         shortcut = x
         x = keras.layers.Conv2D(8, 3, padding="same")(keras.layers.ReLU()(x))
         x = keras.layers.add([keras.layers.BatchNormalization()(x), shortcut])
-    model = with_statistics(keras.Model(images, keras.layers.ReLU()(x)))
+    model = as_trained(keras.Model(images, keras.layers.ReLU()(x)))
     frozen = freeze(inference(model), [tf.TensorSpec((None, 16, 16, 8))])
     assert not NORMALISATION & set(ops_of(frozen))
     values = batch(3, 16, 16, 8)
