@@ -33,8 +33,6 @@ uv := $(python) -m uv pip compile --quiet --universal --python-version 3.10 \
 # The processes share the cores, so that each computes on one.
 one_thread := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
 pytest := $(one_thread) $(python) -m pytest -n $(WORKERS) --dist=loadfile
-# One file with many tests, none of which shares anything costly with another.
-pytest_one_file := $(one_thread) $(python) -m pytest -n $(WORKERS) --dist=worksteal
 
 compiled := aib_tf/ops/_build.json
 compiled_for := $(VENV) $(AIB_TF_CUDA) $(AIB_TF_CUDA_ARCHITECTURES)
@@ -111,7 +109,7 @@ test: setup ## run the tests
 test-backends: setup $(VENV)/jax/.ready ## run the conformance tests on the JAX backend of Keras
 	@echo "Running the conformance tests on JAX"
 	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu PYTHONPATH="$$(cd "$(VENV)/jax" && pwd)" \
-		$(pytest_one_file) tests/test_conformance.py $(PYTEST_ARGS)
+		$(pytest) tests/test_conformance.py $(PYTEST_ARGS)
 
 # `make test` runs the same tests in the TensorFlow of $(VENV).
 test-loaders: setup $(VENV)-loaders/.ready ## run exported models in the oldest TensorFlow and in OpenVINO
