@@ -85,6 +85,9 @@ def test_serving_default_is_model_explain(answered, exported, name, request_name
     assert answer.keys() == CLASSIFIED
     for output, value in answer.items():
         assert_agrees(value, expected[output][:count], tolerance_of(exported[name]))
+    # Of coarse numbers too, the label is that of the answer's own largest.
+    np.testing.assert_array_equal(answer["label"], answer["logits"].argmax(-1))
+    np.testing.assert_array_equal(answer["class_name"], [INFO.class_names[label].encode() for label in answer["label"]])
 
 
 @models
