@@ -9,6 +9,7 @@ from aib_tf.data.geometry import random_crop_and_flip
 from aib_tf.data.pipeline import (
     MEMORY_LIMIT,
     DatasetUnavailableError,
+    Shards,
     batches_per_epoch,
     denormalize_images,
     label_counts,
@@ -24,6 +25,7 @@ __all__ = [
     "MEMORY_LIMIT",
     "DatasetInfo",
     "DatasetUnavailableError",
+    "Shards",
     "batches_per_epoch",
     "denormalize_images",
     "get",

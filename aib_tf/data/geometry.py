@@ -74,7 +74,13 @@ def fit(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
 
 
 def random_crop_and_flip(
-    images: tf.Tensor, seed: tf.Tensor, *, padding: int, flip: bool, size: tuple[int, int] | None = None
+    images: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    padding: int,
+    flip: bool,
+    size: tuple[int, int] | None = None,
+    part: tuple[tf.Tensor, tf.Tensor] | None = None,
 ) -> tf.Tensor:
     """Cuts a window out of each image of a batch, and mirrors half of them.
 
@@ -89,6 +95,8 @@ def random_crop_and_flip(
         padding: width of the border, at least 0.
         flip: whether to mirror.
         size: height and width of the window; None: those of `images`.
+        part: where the images are only a part of a batch: its first image's place there, and the
+            size of the batch. They get the windows that they would get as part of it.
 
     Returns:
         As `images`, (B, *size, C).
@@ -104,7 +112,7 @@ def random_crop_and_flip(
     window_height, window_width = size or (height, width)
     if not padding and not flip and (window_height, window_width) == (height, width):
         return images
-    top, left, mirrored = _windows(tf.shape(images)[0], seed, (height, width), padding, size)
+    top, left, mirrored = _windows(tf.shape(images)[0], part, seed, (height, width), padding, size)
     if padding or window_height != height:
         rows = _reflected(top - padding + tf.range(window_height), height)
         images = tf.gather(images, rows, axis=1, batch_dims=1)
@@ -122,6 +130,7 @@ def random_crop_and_flip_boxes(
     padding: int,
     flip: bool,
     size: tuple[int, int] | None = None,
+    part: tuple[tf.Tensor, tf.Tensor] | None = None,
 ) -> tf.Tensor:
     """Does to boxes what `random_crop_and_flip` with the same arguments does to their images.
 
@@ -132,12 +141,13 @@ def random_crop_and_flip_boxes(
         padding: as for the images.
         flip: as for the images.
         size: as for the images.
+        part: as for the images.
 
     Returns:
         As `boxes`, in shares of the window and clipped to it. The reflection of an object in the
         border is not the object; a box of which nothing is left has no area.
     """
-    top, left, mirrored = _windows(tf.shape(boxes)[0], seed, image_size, padding, size)
+    top, left, mirrored = _windows(tf.shape(boxes)[0], part, seed, image_size, padding, size)
     origin = tf.cast(tf.concat([top, left], axis=1) - padding, boxes.dtype)
     boxes = _boxes_in_window(boxes, image_size, origin, size or image_size)
     if flip:
@@ -146,7 +156,7 @@ def random_crop_and_flip_boxes(
     return boxes
 
 
-def _windows(batch, seed, image_size, padding, size):
+def _windows(count, part, seed, image_size, padding, size):
     """Draws a window for each image: top and left, int32, and whether to mirror, bool; (B, 1) each."""
     # One draw an image, out of all windows and their mirror images.
     (height, width), (window_height, window_width) = image_size, size or image_size
@@ -156,9 +166,11 @@ def _windows(batch, seed, image_size, padding, size):
             f"The window must fit into the image of {height}x{width} with its border of {padding}. "
             f"Received: size={window_height, window_width}"
         )
+    first, batch = part or (0, count)
     draws = tf.random.stateless_uniform(
         (batch, 1), seed, minval=0, maxval=2 * vertical * horizontal, dtype=tf.int32, alg=RANDOM_ALGORITHM
     )
+    draws = draws[first : first + tf.cast(count, tf.int64)] if part else draws
     return draws // (2 * horizontal), draws // 2 % horizontal, draws % 2 == 1
 
 

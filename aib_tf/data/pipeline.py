@@ -9,9 +9,13 @@ disk in every epoch, through a shuffle buffer. `aib_tf.data.geometry` has resizi
 
 Every random number is a pure function of a seed, the epoch and the index of the batch (stateless
 random operations), so that a run can be resumed at any batch. Order is deterministic always.
+
+For several devices or machines each process makes a pipeline of its own that delivers its shares
+of every batch (`Shards`): together they are, image by image, what a single process would deliver.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import urllib.error
@@ -38,6 +42,9 @@ _DEFAULT_FIELDS = ("image", "label")
 # Batches of an epoch fold 0, 1, ... into its seed; the order of the epoch folds in this.
 _ORDER = -1
 
+# Of a map over several examples or batches at a time.
+_IN_ORDER = {"num_parallel_calls": tf.data.AUTOTUNE, "deterministic": True}
+
 # Bytes of examples to decode at once, at most, on the way into memory.
 _CHUNK_BYTES = 2**25
 
@@ -47,6 +54,45 @@ _NETWORK_TIMEOUT = 10.0
 
 class DatasetUnavailableError(FileNotFoundError):
     """A data set is not where it was looked for, and could not be fetched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Which shares of each batch a process delivers.
+
+    A batch of n images is cut, in its order, into `total` shares, of n // total images or one more. A last batch of
+    fewer images than shares joins the one before, so that no share is empty and no image is left out.
+
+    Args:
+        total: shares of a batch, one for each device of all processes.
+        first: the first share of this process, counted from 0.
+        count: shares of this process, one for each of its devices. The pipeline delivers them one after the other.
+
+    Raises:
+        ValueError: for shares that are not there.
+    """
+
+    total: int = 1
+    first: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        check_count("total", self.total)
+        check_count("count", self.count, maximum=self.total)
+        check_count("first", self.first, minimum=0, maximum=self.total - self.count)
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError unless a whole batch has shares of the same size."""
+        if batch_size % self.total:
+            lower, upper = batch_size - batch_size % self.total, batch_size + -batch_size % self.total
+            near = " or ".join(str(size) for size in (lower, upper) if size)
+            raise ValueError(
+                f"A batch is shared by {self.total} devices, so its size must be a multiple of {self.total}, such as "
+                f"{near}. Received: batch_size={batch_size}"
+            )
+
+
+_ALONE = Shards()
 
 
 def load(
@@ -61,6 +107,7 @@ def load(
     fields: Sequence[str] = _DEFAULT_FIELDS,
     normalize: bool = True,
     drop_remainder: bool = False,
+    shards: Shards = _ALONE,
     memory_limit: int = MEMORY_LIMIT,
 ) -> tf.data.Dataset:
     """One epoch of a split, of known length, for `model.fit(load(...), epochs=6)`.
@@ -94,6 +141,7 @@ def load(
             images, or uint8.
         drop_remainder: whether to drop a last batch of fewer than `batch_size` images. By default
             it is kept, in training too.
+        shards: which shares of each batch to deliver; by default whole batches.
         memory_limit: bytes; a split that is larger when decoded is read from disk every time.
 
     Returns:
@@ -114,25 +162,25 @@ def load(
     info = datasets.get(name)
     fields = _check_fields(info, fields, augment)
     check_count("batch_size", batch_size)
+    shards.check_batch_size(batch_size)
     _check_seed(seed)
     source = _source(info, split, fields, augment, data_dir, memory_limit)
+    batches = _Batches(source.examples, batch_size, drop_remainder, shards)
     epochs = tf.data.Dataset.from_tensors(tf.zeros((), tf.int64))
     if shuffle or augment:
         # One random number an iteration, and another one in the next.
         epochs = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
-    length = _batches(source.examples, batch_size, drop_remainder)
     return _pipeline(
         source,
         info,
         fields,
         epochs.map(lambda epoch: (epoch, tf.zeros((), tf.int64))),
-        length,
-        batch_size=batch_size,
+        batches,
+        batches.count * shards.count,
         shuffle=shuffle,
         augment=augment,
         seed=seed,
         normalize=normalize,
-        drop_remainder=drop_remainder,
     )
 
 
@@ -142,12 +190,13 @@ def training_batches(
     batch_size: int,
     *,
     first_epoch: int = 0,
-    epochs: int,
+    epochs: int | None,
     skip_batches: int = 0,
     seed: int,
     augment: bool = True,
     data_dir: str | os.PathLike | None = None,
     drop_remainder: bool = False,
+    shards: Shards = _ALONE,
     memory_limit: int = MEMORY_LIMIT,
 ) -> tf.data.Dataset:
     """All batches of the epochs `first_epoch` to `epochs - 1`, shuffled, in one data set.
@@ -161,16 +210,17 @@ def training_batches(
         split: as in `load`.
         batch_size: as in `load`.
         first_epoch: epoch to begin with, from 0 to `epochs`.
-        epochs: the number of epochs of the whole run, counted from epoch 0.
+        epochs: the number of epochs of the whole run, counted from epoch 0; None for no end.
         skip_batches: batches of the first epoch to leave out, from 0 to all.
         seed: integer in [0, 2**63).
         augment: as in `load`.
         data_dir: as in `load`.
         drop_remainder: as in `load`.
+        shards: as in `load`.
         memory_limit: as in `load`.
 
     Returns:
-        A data set of known length of tuples: images, float32 (B, H, W, C), normalised, and labels,
+        A data set of known or infinite length of tuples: images, float32 (B, H, W, C), normalised, and labels,
         int64 (B,). The last batch of each epoch is smaller where the split does not divide evenly.
 
     Raises:
@@ -179,12 +229,17 @@ def training_batches(
     """
     info = datasets.get(name)
     check_count("batch_size", batch_size)
-    check_count("epochs", epochs, minimum=0)
+    shards.check_batch_size(batch_size)
+    if epochs is not None:
+        check_count("epochs", epochs, minimum=0)
     check_count("first_epoch", first_epoch, minimum=0, maximum=epochs)
     _check_seed(seed)
     source = _source(info, split, _DEFAULT_FIELDS, augment, data_dir, memory_limit)
-    length = _batches(source.examples, batch_size, drop_remainder)
-    check_count("skip_batches", skip_batches, minimum=0, maximum=length)
+    batches = _Batches(source.examples, batch_size, drop_remainder, shards)
+    check_count("skip_batches", skip_batches, minimum=0, maximum=batches.count)
+    length = tf.data.INFINITE_CARDINALITY
+    if epochs is not None:
+        length = max(0, (epochs - first_epoch) * batches.count - skip_batches) * shards.count
 
     def with_skip(epoch):
         # Only the first epoch of this stream begins in its middle.
@@ -195,14 +250,13 @@ def training_batches(
         source,
         info,
         _DEFAULT_FIELDS,
-        tf.data.Dataset.range(first_epoch, epochs).map(with_skip),
-        max(0, (epochs - first_epoch) * length - skip_batches),
-        batch_size=batch_size,
+        tf.data.Dataset.range(first_epoch, tf.int64.max if epochs is None else epochs).map(with_skip),
+        batches,
+        length,
         shuffle=True,
         augment=augment,
         seed=seed,
         normalize=True,
-        drop_remainder=drop_remainder,
     )
 
 
@@ -219,10 +273,12 @@ def batches_per_epoch(
     data_dir: str | os.PathLike | None = None,
     *,
     drop_remainder: bool = False,
+    shards: Shards = _ALONE,
 ) -> int:
     """The number of batches of an epoch; arguments and errors as in `load`."""
     check_count("batch_size", batch_size)
-    return _batches(num_examples(name, split, data_dir), batch_size, drop_remainder)
+    shards.check_batch_size(batch_size)
+    return _Batches(num_examples(name, split, data_dir), batch_size, drop_remainder, shards).count
 
 
 def label_counts(name: str, split: str, data_dir: str | os.PathLike | None = None) -> np.ndarray:
@@ -291,37 +347,38 @@ def _pipeline(
     info,
     fields,
     epochs,
+    batches,
     length,
     *,
-    batch_size,
     shuffle,
     augment,
     seed,
     normalize,
-    drop_remainder,
 ):
-    """The `length` batches of the given epochs.
+    """The `length` shares of batches of the given epochs.
 
     `epochs` is a data set of pairs, both int64: the number that stands for the epoch, and how many
-    of its batches to skip. The rest is as in `load`.
+    of its `batches` to skip. The rest is as in `load`.
     """
     run_seed = tf.constant([seed, 0], tf.int64)
 
     def one_epoch(epoch, skip):
         epoch_seed = tf.random.fold_in(run_seed, epoch, alg=RANDOM_ALGORITHM)
         order_seed = tf.random.fold_in(epoch_seed, tf.constant(_ORDER, tf.int64), alg=RANDOM_ALGORITHM)
-        batches = source.epoch(order_seed if shuffle else None, skip, batch_size, drop_remainder)
-        return batches.map(
-            lambda number, batch: (
-                tf.random.fold_in(epoch_seed, number, alg=RANDOM_ALGORITHM),
-                batch,
+        shares = source.epoch(order_seed if shuffle else None, skip, batches)
+        return shares.map(
+            lambda share, examples: (
+                tf.random.fold_in(epoch_seed, batches.number(share), alg=RANDOM_ALGORITHM),
+                share,
+                examples,
             )
         )
 
-    def finish(batch_seed, batch):
+    def finish(batch_seed, share, batch):
         batch = source.examples_of(batch)
         if augment:
             window = {"padding": info.crop_padding, "flip": info.horizontal_flip, "size": info.image_shape[:2]}
+            window["part"] = batches.part(share)
             if "image" in fields:
                 batch["image"] = geometry.random_crop_and_flip(batch["image"], batch_seed, **window)
             if "bbox" in fields:
@@ -335,12 +392,84 @@ def _pipeline(
             return batch["image"], batch["label"]
         return {field: batch[field] for field in fields}
 
-    batches = epochs.flat_map(one_epoch)
-    batches = batches.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    batches = batches.apply(tf.data.experimental.assert_cardinality(length))
+    delivered = epochs.flat_map(one_epoch)
+    delivered = delivered.map(finish, **_IN_ORDER)
+    delivered = delivered.apply(tf.data.experimental.assert_cardinality(length))
     options = tf.data.Options()
     options.deterministic = True
-    return batches.with_options(options).prefetch(tf.data.AUTOTUNE)
+    return delivered.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+
+class _Batches:
+    """How the examples of an epoch, in its order, make batches, and which of them this process delivers.
+
+    The shares of this process are numbered through an epoch: batch 0's, then batch 1's, and so on.
+
+    Attributes:
+        size: examples of a batch, but for the last.
+        count: batches of an epoch.
+        alone: whether this process delivers everything.
+        whole: whether all shares have the same number of examples, `share_size`.
+    """
+
+    def __init__(self, examples, batch_size, drop_remainder, shards):
+        if examples < shards.total:
+            raise ValueError(
+                f"{shards.total} devices need as many images, and the split has {examples}. Use fewer devices. "
+                f"Received: shards={shards}"
+            )
+        self.size = batch_size
+        self.alone = shards.total == 1
+        self._shards = shards
+        self.count, rest = divmod(examples, batch_size)
+        if not drop_remainder and rest >= shards.total:
+            self.count += 1
+        self._end = self.count * batch_size if drop_remainder else examples
+        self.whole = self._end == self.count * batch_size
+        self.share_size = batch_size // shards.total
+
+    def shares(self, skip):
+        """Data set of the numbers of this process's shares, int64, behind the first `skip` batches."""
+        return tf.data.Dataset.range(skip * self._shards.count, self.count * self._shards.count)
+
+    def number(self, share):
+        """The batch that a share belongs to."""
+        return share // self._shards.count
+
+    def bounds(self, share):
+        """Positions in the epoch: of the first example of a share, and behind its last."""
+        begin, size = self._batch(share)
+        part = self._shards.first + share % self._shards.count
+        return begin + part * size // self._shards.total, begin + (part + 1) * size // self._shards.total
+
+    def part(self, share):
+        """Where in its batch a share begins, and how many examples the batch has; None for whole batches."""
+        if self.alone:
+            return None
+        begin, size = self._batch(share)
+        return self.bounds(share)[0] - begin, size
+
+    def share_at(self, position):
+        """The share with the example at a position of the epoch, or -1 if it is another process's."""
+        number = tf.minimum(position // self.size, self.count - 1)
+        begin, size = self._batch(number * self._shards.count)
+        # The inverse of `bounds`: the last part that does not begin behind the position.
+        part = ((position - begin + 1) * self._shards.total - 1) // size
+        own = part - self._shards.first
+        mine = (own >= 0) & (own < self._shards.count) & (position < self._end)
+        return tf.where(mine, number * self._shards.count + own, -tf.ones_like(position))
+
+    def first_position(self, skip):
+        """Position of the first example behind the first `skip` batches."""
+        return tf.minimum(skip * self.size, self._end)
+
+    def _batch(self, share):
+        """Where the batch of a share begins, and how many examples it has."""
+        number = self.number(share)
+        begin = number * self.size
+        # The last batch takes what is left, be that less or more than the others have.
+        size = tf.where(number == self.count - 1, self._end - begin, tf.cast(self.size, begin.dtype))
+        return begin, size
 
 
 class _MemorySource:
@@ -352,7 +481,8 @@ class _MemorySource:
         with tf.device("CPU:0"):
             self._arrays = {field: tf.constant(array) for field, array in reader.read().items()}
 
-    def epoch(self, order_seed, skip, batch_size, drop_remainder):
+    def epoch(self, order_seed, skip, batches):
+        """Data set of (number of a share, indices of its examples) behind the first `skip` batches."""
         count = self.examples
         order = tf.range(count)
         if order_seed is not None:
@@ -366,14 +496,14 @@ class _MemorySource:
             )
             order = tf.argsort(keys, stable=True)
 
-        def batch(number):
-            start = number * batch_size
-            indices = order[start : start + batch_size]
-            if drop_remainder or count % batch_size == 0:
-                indices.set_shape((batch_size,))
-            return number, indices
+        def examples(share):
+            begin, end = batches.bounds(share)
+            indices = order[begin:end]
+            if batches.whole:
+                indices.set_shape((batches.share_size,))
+            return share, indices
 
-        return tf.data.Dataset.range(skip, _batches(count, batch_size, drop_remainder)).map(batch)
+        return batches.shares(skip).map(examples)
 
     def examples_of(self, batch):
         return {field: tf.gather(array, batch) for field, array in self._arrays.items()}
@@ -386,7 +516,8 @@ class _StreamedSource:
         self.examples = reader.examples
         self._encoded, self._decode = reader.encoded()
 
-    def epoch(self, order_seed, skip, batch_size, drop_remainder):
+    def epoch(self, order_seed, skip, batches):
+        """Data set of (number of a share, dict of its examples) behind the first `skip` batches."""
         encoded = self._encoded
         if order_seed is not None:
             # `shuffle` mixes the global seed of the caller into its own, and cannot take a tensor beside a
@@ -398,11 +529,30 @@ class _StreamedSource:
                 seed=order_seed[0],
                 reshuffle_each_iteration=False,
             )
+
+        encoded = encoded.enumerate().skip(batches.first_position(skip))
+        if batches.alone:
+            return (
+                encoded.map(lambda _, example: self._decode(example), **_IN_ORDER)
+                .batch(batches.size, drop_remainder=batches.whole)
+                .enumerate(start=skip)
+            )
+
+        def size(share):
+            begin, end = batches.bounds(share)
+            return end - begin
+
+        # What belongs to other processes is dropped before it is decoded.
         return (
-            encoded.skip(skip * batch_size)
-            .map(self._decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-            .batch(batch_size, drop_remainder=drop_remainder)
-            .enumerate(start=skip)
+            encoded.map(lambda position, example: (batches.share_at(position), example))
+            .filter(lambda share, example: share >= 0)
+            .map(lambda share, example: (share, self._decode(example)), **_IN_ORDER)
+            .group_by_window(
+                lambda share, example: share,
+                lambda share, window: window.batch(size(share)),
+                window_size_func=size,
+            )
+            .map(lambda shares, examples: (shares[0], examples))
         )
 
     def examples_of(self, batch):
@@ -540,10 +690,6 @@ def _check_fields(info, fields, augment) -> tuple[str, ...]:
 
 def _check_seed(seed):
     check_count("seed", seed, minimum=0, maximum=2**63 - 1)
-
-
-def _batches(examples: int, batch_size: int, drop_remainder: bool) -> int:
-    return examples // batch_size if drop_remainder else -(-examples // batch_size)
 
 
 def _builder(info: datasets.DatasetInfo, data_dir: str | os.PathLike | None):
