@@ -78,7 +78,25 @@ class LabelInformation(keras.metrics.Metric):
         return {"classes": self.classes, "name": self.name, "dtype": self.dtype}
 
 
-class _AnchorCounts(keras.metrics.Metric):
+class _InLayer:
+    """A metric that a layer updates in its call.
+
+    Under mixed precision everything that is read there is cast to half precision, the sums of a metric too, unless they
+    say otherwise: a mean of rates would be infinite after two batches in float16, and stand still in bfloat16.
+    """
+
+    def add_variable(self, *args, **kwargs):
+        variable = super().add_variable(*args, **kwargs)
+        variable._autocast = False  # Keras has an argument for it in its variables, but not here
+        return variable
+
+
+@keras.saving.register_keras_serializable(package="aib_tf.metrics")
+class Mean(_InLayer, keras.metrics.Mean):
+    """`keras.metrics.Mean` for a layer to update, in its own dtype also under mixed precision."""
+
+
+class _AnchorCounts(_InLayer, keras.metrics.Metric):
     """Counts how often each anchor is the nearest one."""
 
     def __init__(self, num_anchors, name=None, dtype=None):

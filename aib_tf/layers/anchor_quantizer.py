@@ -6,9 +6,10 @@ from keras import ops
 
 from aib_tf.layers.gaussian import loss_dtype
 from aib_tf.layers.reporting import keeps_metrics
-from aib_tf.metrics import AnchorPerplexity, AnchorsInUse
+from aib_tf.metrics import AnchorPerplexity, AnchorsInUse, Mean
 from aib_tf.ops import nearest_anchor
 from aib_tf.ops.nearest_anchor import MAX_ANCHORS
+from aib_tf.ops.replicas import mark_own
 from aib_tf.validation import check_count, check_weight
 
 
@@ -57,9 +58,7 @@ class AnchorQuantizer(keras.layers.Layer):
         self.commitment_weight = check_weight("commitment_weight", commitment_weight)
         self._mean_losses = self._usage = ()
         if keeps_metrics():
-            self._mean_losses = tuple(
-                keras.metrics.Mean(name=name, dtype="float32") for name in ("codebook_loss", "commitment_loss")
-            )
+            self._mean_losses = tuple(Mean(name=name, dtype="float32") for name in ("codebook_loss", "commitment_loss"))
             self._usage = tuple(kind(self.num_anchors, dtype="float32") for kind in (AnchorsInUse, AnchorPerplexity))
 
     def build(self, input_shape):
@@ -77,8 +76,8 @@ class AnchorQuantizer(keras.layers.Layer):
             metric.update_state(result.codebook_loss, sample_weight=images)
         for metric in self._usage:
             metric.update_state(result.index)
-        self.add_loss(self.codebook_weight * ops.cast(result.codebook_loss, loss_dtype()))
-        self.add_loss(self.commitment_weight * ops.cast(result.commitment_loss, loss_dtype()))
+        self.add_loss(mark_own(self.codebook_weight * ops.cast(result.codebook_loss, loss_dtype())))
+        self.add_loss(mark_own(self.commitment_weight * ops.cast(result.commitment_loss, loss_dtype())))
         return result.quantized
 
     def nearest(self, scores):

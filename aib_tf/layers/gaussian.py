@@ -31,7 +31,7 @@ def reparameterize(mean, stddev, samples, seed_generator):
         mean: float tensor of any shape.
         stddev: float tensor of the same shape.
         samples: None for one sample in the shape of `mean`, or a number n for a new leading axis of n samples.
-        seed_generator: the `keras.random.SeedGenerator` of the layer that owns the noise.
+        seed_generator: the `SeedGenerator` of the layer that owns the noise.
 
     Returns:
         Float tensor, the shape of `mean` or (samples, *shape of mean).

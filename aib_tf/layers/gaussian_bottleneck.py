@@ -6,6 +6,8 @@ from keras import ops
 from aib_tf.layers.gaussian import loss_dtype, reparameterize, statistics_dtype, stddev_from_scores
 from aib_tf.layers.reporting import keeps_metrics
 from aib_tf.losses import check_kl_form, kl_divergence, nats_to_bits
+from aib_tf.metrics import Mean
+from aib_tf.ops.replicas import SeedGenerator, mark_own
 from aib_tf.validation import check_count, check_seed, check_weight
 
 
@@ -78,11 +80,11 @@ class GaussianBottleneck(keras.layers.Layer):
         self.kl_weight = check_weight("kl_weight", kl_weight)
         self.seed = check_seed(seed)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.seed_generator = keras.random.SeedGenerator(self.seed)
+        self.seed_generator = SeedGenerator(self.seed)
         self._dense = keras.layers.Dense(
             2 * self.latent_dim, kernel_initializer=self.kernel_initializer, dtype=self.dtype_policy, name="statistics"
         )
-        self._rate = keras.metrics.Mean(name="rate_bits", dtype="float32") if keeps_metrics() else None
+        self._rate = Mean(name="rate_bits", dtype="float32") if keeps_metrics() else None
 
     def build(self, input_shape):
         """Builds the dense layer for inputs (B, D)."""
@@ -106,7 +108,7 @@ class GaussianBottleneck(keras.layers.Layer):
         charged = rate
         if self.kl != "closed_form":
             charged = _batch_mean_bits(kl_divergence(mean, stddev, self.kl), images)
-        self.add_loss(self.beta * self.kl_weight * self.warmup * ops.cast(charged, loss_dtype()))
+        self.add_loss(mark_own(self.beta * self.kl_weight * self.warmup * ops.cast(charged, loss_dtype())))
         if sample is None:
             sample = training
         latent = self.sample(mean, stddev) if sample else mean

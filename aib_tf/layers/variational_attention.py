@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from aib_tf.layers.gaussian import reparameterize, statistics_dtype, stddev_from_scores
+from aib_tf.ops.replicas import SeedGenerator
 from aib_tf.validation import check_seed
 
 # The head's first bias: attention starts low, and a place has to earn more. Where nothing is at stake, such as on an
@@ -62,7 +63,7 @@ class VariationalSpatialAttention(keras.layers.Layer):
             raise TypeError(f"`head` must be a keras.layers.Layer or None. Received: head={head!r}")
         self.head = head
         self.seed = check_seed(seed)
-        self.seed_generator = keras.random.SeedGenerator(self.seed)
+        self.seed_generator = SeedGenerator(self.seed)
         self._scores = head or keras.layers.Conv2D(
             1,
             3,

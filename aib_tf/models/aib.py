@@ -5,6 +5,7 @@ from keras import ops
 
 from aib_tf.layers import AnchorQuantizer, GaussianBottleneck, VariationalSpatialAttention
 from aib_tf.losses import kl_divergence
+from aib_tf.ops.replicas import is_own
 from aib_tf.validation import check_count
 
 _PARTS = ("features", "encoder", "decoder", "attention", "quantizer", "bottleneck")
@@ -103,6 +104,11 @@ class AIBClassifier(keras.Model):
     def attention_names(self):
         """The entries of `explain` that are attention maps (B, h, w): attention_mean, or none."""
         return () if self.attention is None else ("attention_mean",)
+
+    @property
+    def losses(self):
+        """What layers add to the loss, of this replica alone; a list of scalars."""
+        return [loss for loss in super().losses if is_own(loss)]
 
     def explain(self, images, samples=0):
         """Classifies, and returns what the decision went through.

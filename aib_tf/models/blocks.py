@@ -5,7 +5,8 @@ import numpy as np
 from keras import ops
 
 from aib_tf.layers.gaussian import loss_dtype
-from aib_tf.ops.batch_normalization import fused_batch_normalization
+from aib_tf.ops.batch_normalization import fused_batch_normalization, synchronized_batch_normalization
+from aib_tf.ops.replicas import SeedGenerator
 from aib_tf.validation import check_count
 
 
@@ -25,8 +26,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
         fused = None
-        if mask is None and self.axis in (-1, 3) and self.scale and self.center and not self.synchronized:
-            fused = fused_batch_normalization(inputs, self.gamma, self.beta, self.epsilon)
+        if mask is None and self.axis in (-1, len(inputs.shape) - 1) and self.scale and self.center:
+            normalization = synchronized_batch_normalization if self.synchronized else fused_batch_normalization
+            fused = normalization(inputs, self.gamma, self.beta, self.epsilon)
         if fused is not None:
             outputs, mean, variance = fused
             self._move(self.moving_mean, mean)
@@ -42,6 +44,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _move(self, statistic, value):
         statistic.assign(self.momentum * statistic + (1.0 - self.momentum) * ops.cast(value, statistic.dtype))
+
+
+@keras.saving.register_keras_serializable(package="aib_tf")
+class Dropout(keras.layers.Dropout):
+    """Dropout whose masks differ between the replicas of `tf.distribute`."""
+
+    def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
+        super().__init__(rate, noise_shape=noise_shape, seed=seed, **kwargs)
+        if rate > 0:
+            # Keras takes no generator here, and no new attribute that holds a variable either.
+            self.seed_generator.__class__ = SeedGenerator
 
 
 @keras.saving.register_keras_serializable(package="aib_tf")
@@ -110,11 +123,21 @@ class Blocks:
         linear: the same for layers whose output no ReLU or normalisation follows, such as scores; None: as `kernel`.
         scale: the same for the scale of a batch normalisation; None stands for ones.
         seed: called for each layer that draws numbers; returns its seed, or None for a random one.
+        synchronized: whether batch normalisation takes its statistics over the batches of all replicas.
     """
 
-    def __init__(self, width=1.0, kernel=keras.initializers.GlorotUniform, linear=None, scale=None, seed=lambda: None):
+    def __init__(
+        self,
+        width=1.0,
+        kernel=keras.initializers.GlorotUniform,
+        linear=None,
+        scale=None,
+        seed=lambda: None,
+        synchronized=False,
+    ):
         self.width = width
         self.seed = seed
+        self._synchronized = synchronized
         self._kernel = kernel
         self._linear = linear or kernel
         self._scale = scale
@@ -150,7 +173,7 @@ class Blocks:
     def norm(self, x, name):
         """Batch normalisation."""
         scale = self._scale(seed=self.seed()) if self._scale else "ones"
-        return BatchNormalization(gamma_initializer=scale, name=name)(x)
+        return BatchNormalization(gamma_initializer=scale, synchronized=self._synchronized, name=name)(x)
 
     def norm_relu(self, x, name):
         """Batch normalisation and ReLU; `name` ends in "norm", with a number behind it or not."""

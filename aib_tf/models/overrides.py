@@ -33,6 +33,7 @@ class Overrides:
     combine: str = "concat"
     position: str = "before"
     normalize: str = "softmax"
+    synchronized_batch_norm: bool = False
     seed: int | None = None
 
     def __post_init__(self):

@@ -104,6 +104,8 @@ def build(name, input_shape, classes, **overrides):
             - attention ("pc" or "dp"), combine ("concat" or "independent"), position ("before" or "after"), normalize
               ("softmax" or "sigmoid"), of vgg_att2 and vgg_att3: see `PayAttention` and `PayAttentionClassifier`;
               `position` says whether features are taken before or after the pooling of their block.
+            - synchronized_batch_norm (False): under `tf.distribute`, batch normalisation by the statistics of the whole
+              batch instead of each replica's share.
             - seed (None): integer seed of the initial weights and of the noise.
 
     Returns:
@@ -129,6 +131,7 @@ def build(name, input_shape, classes, **overrides):
         architecture.linear,
         architecture.released_scale if released else None,
         seeds.next,
+        options.synchronized_batch_norm,
     )
     if base in _PAY_ATTENTION:
         return build_pay_attention(

@@ -3,6 +3,7 @@
 import keras
 
 from aib_tf.models.backbone import Backbone
+from aib_tf.models.blocks import Dropout
 
 
 class WideResNet(Backbone):
@@ -73,7 +74,7 @@ class WideResNet(Backbone):
         y = self.blocks.convolution(activated, channels, f"{name}_conv1", strides=strides, bias=False)
         y = self.blocks.norm_relu(y, f"{name}_norm2")
         if self.dropout:
-            y = keras.layers.Dropout(self.dropout, seed=self.blocks.seed(), name=f"{name}_dropout")(y)
+            y = Dropout(self.dropout, seed=self.blocks.seed(), name=f"{name}_dropout")(y)
         y = self.blocks.convolution(y, channels, f"{name}_conv2", bias=False)
         if not same:
             # The 1x1 shortcut reads what was normalised already; its stride alone makes sizes meet.

@@ -1,6 +1,9 @@
-"""Batch normalisation in training as one kernel, on the backend that has one."""
+"""Batch normalisation in training: as one kernel where there is one, and over the batches of all replicas."""
 
 import keras
+from keras import ops
+
+from aib_tf.ops.replicas import sum_over_replicas
 
 _TYPES = ("float16", "bfloat16", "float32")
 
@@ -39,3 +42,33 @@ def fused_batch_normalization(x, scale, offset, epsilon):
         is_training=True,
     )
     return result.y, result.batch_mean, result.batch_variance
+
+
+def synchronized_batch_normalization(x, scale, offset, epsilon):
+    """Normalises by the statistics of the batches of all replicas of `tf.distribute`, as if they were one batch.
+
+    The formula is that of `fused_batch_normalization`. There are two exchanges: of sums, then of sums of squares around
+    the common mean. (Keras subtracts the square of the mean from the mean of the squares, of which little is left in
+    float32 where a channel hardly varies.)
+
+    Args:
+        x: (..., C) float tensor.
+        scale: (C,) tensor.
+        offset: (C,) tensor.
+        epsilon: number.
+
+    Returns:
+        y of x's shape and dtype, the mean (C,), and the unbiased variance (C,), both in float32 (float64 for float64).
+    """
+    dtype = "float64" if keras.backend.standardize_dtype(x.dtype) == "float64" else "float32"
+    values = ops.reshape(ops.cast(x, dtype), (-1, x.shape[-1]))
+    # Replicas may have a different number of images.
+    sums = ops.concatenate([ops.sum(values, axis=0), ops.sum(ops.ones_like(values[:, :1]), axis=0)], axis=0)
+    sums = sum_over_replicas(sums)
+    count = sums[-1]
+    mean = sums[:-1] / count
+    squares = sum_over_replicas(ops.sum(ops.square(values - mean), axis=0))
+    factor = ops.cast(scale, dtype) * ops.rsqrt(squares / count + epsilon)
+    y = (ops.cast(x, dtype) - mean) * factor + ops.cast(offset, dtype)
+    # A single value has no variance.
+    return ops.cast(y, x.dtype), mean, squares / ops.maximum(count - 1.0, 1.0)

@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pytest
 
@@ -133,3 +134,17 @@ def test_impossible_arguments_are_named(arguments, message):
 def test_maps_instead_of_vectors_are_refused():
     with pytest.raises(ValueError, match="flatten or pool first"):
         GaussianBottleneck(4)(vectors(2, 3, 3, 5))
+
+
+@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="layers report no metrics on JAX")
+def test_reported_rate_is_a_sum_in_float32_under_mixed_precision(precision):
+    layer = GaussianBottleneck(256, dtype=precision, seed=0)
+    code = np.random.default_rng(0).normal(size=(32, 16)).astype("float32")
+    rates = []
+    for _ in range(40):
+        layer(code, training=True)
+        rates.append(float(layer.metrics[0].result()))
+    # 40 batches of 32 rates above 1,000 bits: more than float16 can hold, and than bfloat16 can add to.
+    assert rates[0] > 1000
+    np.testing.assert_allclose(rates, rates[0], rtol=1e-5)
