@@ -8,7 +8,6 @@ with the value and which reads the same with every kind of colour vision.
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -317,11 +316,15 @@ def training_curves(history: Mapping[str, Sequence[float]], label_entropy: float
 def save_figure(figure, path: str | os.PathLike) -> None:
     """Writes a figure, whole or not at all, in the format that the ending of `path` names.
 
+    Args:
+        figure: a `matplotlib.figure.Figure`.
+        path: a local path, or one on a file system that `tf.io.gfile` knows, such as gs://.
+
     Raises:
         ValueError: matplotlib does not know the ending.
     """
     endings = figure.canvas.get_supported_filetypes()
-    ending = Path(path).suffix[1:].lower()
+    ending = files.path(path).suffix[1:].lower()
     if ending not in endings:
         raise ValueError(f"A figure is written as one of {', '.join(sorted(endings))}. Received: path={str(path)!r}")
     with files.replacing(path) as temporary:

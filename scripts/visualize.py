@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from aib_tf import data, training, visualization
+from aib_tf import data, files, training, visualization
 
 _RUN = flags.DEFINE_string("run", None, "Folder of the run.", required=True)
 _IMAGES = flags.DEFINE_list("images", [], "Picture files, separated by commas or as further arguments.")
@@ -29,21 +29,21 @@ def main(arguments):
     model = run.load_best()
     if not model.attention_names:
         raise ValueError(f"{config.model.name} has no attention to draw. Received: run={_RUN.value}")
-    files = [*_IMAGES.value, *arguments]
-    default = run.path / ("pictures.png" if files else f"attention_{_SPLIT.value}.png")
-    output = Path(_OUTPUT.value or default)
-    if files:
-        draw_pictures(model, data.get(config.data.name), files, output)
+    pictures = [*_IMAGES.value, *arguments]
+    default = run.path / ("pictures.png" if pictures else f"attention_{_SPLIT.value}.png")
+    output = files.path(_OUTPUT.value or default)
+    if pictures:
+        draw_pictures(model, data.get(config.data.name), pictures, output)
     else:
         training.draw_attention(model, config, output, _SPLIT.value, _COUNT.value)
     print(f"Drawn in {output}.")
 
 
-def draw_pictures(model, info, files, output):
+def draw_pictures(model, info, sources, output):
     """Draws a person's own pictures, cropped to the model's shape, with the predicted class."""
     height, width, channels = info.image_shape
     shown, seen, names = [], [], []
-    for file in files:
+    for file in sources:
         try:
             with Image.open(file) as picture:
                 picture = _plain(picture).convert("L" if channels == 1 else "RGB")
@@ -58,7 +58,7 @@ def draw_pictures(model, info, files, output):
             continue
         names.append(Path(file).name)
     if not shown:
-        raise ValueError(f"None of the files is a picture. Received: images={','.join(files)}")
+        raise ValueError(f"None of the files is a picture. Received: images={','.join(sources)}")
     shape = (len(shown), -1, width, channels)
     images = np.reshape(np.stack(seen), shape)
     explanation = {

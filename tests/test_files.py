@@ -1,9 +1,12 @@
+import errno
 import json
 import os
+import secrets
 import stat
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from aib_tf import files
 
@@ -125,3 +128,117 @@ def test_a_new_folder_takes_the_place_of_none(tmp_path):
         (tmp_path / "2").mkdir()  # another process was faster
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "2"]
     assert list((tmp_path / "2").iterdir()) == []
+
+
+class TestRemotePath:
+    """Paths with a scheme, on the file system that TensorFlow keeps in memory."""
+
+    @pytest.fixture
+    def folder(self):
+        folder = files.path(f"ram://bucket-{secrets.token_hex(4)}/a")
+        folder.mkdir(parents=True)
+        return folder
+
+    def test_a_name_tells_where_the_file_lies(self, tmp_path):
+        assert files.path(tmp_path) == files.path(str(tmp_path)) == files.path(f"file://{tmp_path}") == tmp_path
+        remote = files.path("gs://bucket/run/")
+        assert files.path(remote) is remote
+        assert str(remote) == os.fspath(remote) == "gs://bucket/run"
+        assert repr(remote / "a.txt") == "RemotePath('gs://bucket/run/a.txt')"
+        assert (remote / "a.txt").parent == remote and (remote / "a.txt").suffix == ".txt"
+        assert remote.with_name("b") == files.path("gs://bucket/b") and remote.name == "run"
+        assert remote.parent.parent == remote.parent == files.path("gs://bucket")
+        assert len({remote, files.path("gs://bucket/run"), files.path("ram://bucket/run")}) == 2
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("s4://bucket/run", r"no file system for s4:// here, but for .*gs.*path='s4://bucket/run'"),
+            ("gs://", "gs://"),
+        ],
+    )
+    def test_a_path_that_leads_nowhere_is_refused(self, name, message):
+        with pytest.raises(ValueError, match=message):
+            files.path(name)
+
+    def test_methods_do_what_those_of_pathlib_do(self, folder):
+        assert folder.exists() and folder.is_dir() and not folder.is_file()
+        assert list(folder.iterdir()) == []
+        path = folder / "b" / "a.txt"
+        files.write_text(path, "ä\r\nb\n")
+        assert path.exists() and path.is_file() and not path.is_dir()
+        assert path.read_bytes() == "ä\r\nb\n".encode() and path.read_text(encoding="utf-8") == "ä\r\nb\n"
+        for name in ("step-2.npz", "step-1.npz", "other.npz"):
+            files.write_bytes(folder / name, b"")
+        assert sorted(folder.iterdir()) == [folder / name for name in ("b", "other.npz", "step-1.npz", "step-2.npz")]
+        assert sorted(found.name for found in folder.glob("step-*")) == ["step-1.npz", "step-2.npz"]
+        assert list((folder / "missing").glob("*")) == []
+        assert (folder / "step-1.npz").replace(folder / "step-2.npz") == folder / "step-2.npz"
+        (folder / "step-2.npz").unlink()
+        (folder / "step-2.npz").unlink(missing_ok=True)
+        assert sorted(entry.name for entry in folder.iterdir()) == ["b", "other.npz"]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def test_errors_are_those_of_pathlib(self, folder):
+        missing = folder / "missing"
+        for call in (missing.read_bytes, missing.unlink, missing.iterdir, lambda: missing.replace(folder / "a")):
+            with pytest.raises(FileNotFoundError) as error:
+                call()
+            assert error.value.filename == str(missing) and error.value.strerror
+        with pytest.raises(FileNotFoundError), files.local_copy(missing):
+            raise AssertionError("The block must not run.")
+        with pytest.raises(FileExistsError):
+            folder.mkdir()
+        with pytest.raises(IsADirectoryError, match="path="):
+            files.write_text(folder, "")
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, folder, error):
+        path = folder / "model.keras"
+        files.write_text(path, "old")
+        with pytest.raises(error), files.replacing(path) as temporary:
+            assert temporary.name.endswith("model.keras")
+            temporary.write_text("half")
+            raise error
+        assert not temporary.parent.exists()
+        with pytest.raises(FileNotFoundError, match="Nothing was written"), files.replacing(path):
+            pass
+        assert path.read_text() == "old" and list(folder.iterdir()) == [path]
+        with files.replacing(path) as temporary:
+            temporary.write_text("new")
+            assert path.read_text() == "old"
+        assert path.read_text() == "new" and list(folder.iterdir()) == [path]
+
+    @pytest.mark.parametrize("step", ["copy", "rename"])
+    def test_a_failed_upload_leaves_the_old_file_and_nothing_else(self, folder, step, monkeypatch):
+        path = folder / "a.txt"
+        files.write_text(path, "old")
+        original = getattr(tf.io.gfile, step)
+
+        def failing(source, target, **options):
+            original(source, target, **options) if step == "copy" else None
+            raise tf.errors.ResourceExhaustedError(None, None, "quota")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tf.io.gfile, step, failing)
+            with pytest.raises(OSError, match="quota") as error:
+                files.write_text(path, "new")
+        assert error.value.errno == errno.ENOSPC
+        assert path.read_text() == "old" and list(folder.iterdir()) == [path]
+
+    def test_a_reader_gets_a_local_copy_for_as_long_as_it_needs(self, folder, tmp_path):
+        files.write_text(folder / "a.txt", "remote")
+        with files.local_copy(folder / "a.txt") as copy:
+            assert copy.name == "a.txt" and copy.read_text() == "remote"
+        assert not copy.exists()
+        files.write_text(tmp_path / "a.txt", "local")
+        with files.local_copy(tmp_path / "a.txt") as copy:
+            assert copy == tmp_path / "a.txt"
+        assert copy.exists()
+
+    def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(self, folder):
+        for name in (".0123456789ab.tmp.a.txt", ".hidden", "c.tmp.d"):
+            files.write_text(folder / name, "")
+        assert files.remove_leftovers(folder) == [folder / ".0123456789ab.tmp.a.txt"]
+        assert sorted(entry.name for entry in folder.iterdir()) == [".hidden", "c.tmp.d"]
+        assert files.remove_leftovers(folder / "missing") == []
