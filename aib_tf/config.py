@@ -20,6 +20,9 @@ SCHEDULES = ("constant", "cosine", "steps")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "float64")
 JIT_COMPILE = ("auto", "true", "false")
 SELECT_ON = ("validation", "test")
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
+# By what the learning rate is multiplied on n devices.
+LEARNING_RATE_SCALINGS = {"none": lambda n: 1.0, "linear": lambda n: float(n), "sqrt": lambda n: n**0.5}
 
 # What `objective` sets unless a flag says otherwise: the formula of the paper, or what the released code computes.
 OBJECTIVES = {
@@ -83,6 +86,9 @@ class ModelConfig:
     combine: str = _setting("concat", f"How their depths are combined, one of {', '.join(COMBINATIONS)}.")
     position: str = _setting("before", f"Whether they attend before or after pooling, one of {', '.join(POSITIONS)}.")
     normalize: str = _setting("softmax", f"How their scores are normalised, one of {', '.join(NORMALIZATIONS)}.")
+    synchronized_batch_norm: bool = _setting(
+        False, "On several devices: normalise by the statistics of the whole batch, not of each device's share."
+    )
 
     def __post_init__(self):
         check_weight("width", self.width, positive=True)
@@ -132,7 +138,7 @@ class DataConfig:
 
     name: str = _setting("cluttered_digits", "Name of the data set.", flag="dataset")
     data_dir: str | None = _setting(None, "Folder of prepared data sets; by default that of TensorFlow Datasets.")
-    batch_size: int = _setting(32, "Images in a training step.")
+    batch_size: int = _setting(32, "Images in a training step, on all devices together.")
     augment: bool = _setting(True, "Crop and flip training images at random, as far as the data set allows.")
 
     def __post_init__(self):
@@ -145,6 +151,11 @@ class OptimizationConfig:
 
     optimizer: str = _setting("adam", f"One of {', '.join(OPTIMIZERS)}; sgd has momentum 0.9.")
     learning_rate: float = _setting(1e-3, "Learning rate at its highest.")
+    learning_rate_scaling: str = _setting(
+        "none",
+        f"What the learning rates are multiplied by on n devices, one of {', '.join(LEARNING_RATE_SCALINGS)}: 1, n or "
+        "the root of n.",
+    )
     schedule: str = _setting("cosine", f"One of {', '.join(SCHEDULES)}: cosine falls to 0; steps obeys decay_*.")
     decay_factor: float = _setting(0.5, "With schedule=steps: what the learning rate is multiplied by.")
     decay_every: int = _setting(0, "With schedule=steps: after each so many epochs.")
@@ -165,6 +176,7 @@ class OptimizationConfig:
     def __post_init__(self):
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("learning_rate_scaling", self.learning_rate_scaling, LEARNING_RATE_SCALINGS)
         check_count("epochs", self.epochs)
         check_count("decay_every", self.decay_every, minimum=0)
         check_weight("learning_rate", self.learning_rate, positive=True)
@@ -192,6 +204,29 @@ class OptimizationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """Where and how a run is computed. None of it is part of what the run is: it may change when a run is continued."""
+
+    strategy: str = _setting(
+        "auto",
+        f"One of {', '.join(STRATEGIES)}: on the first device, on all GPUs of this machine, or on all machines that "
+        "TF_CONFIG, Slurm or Kubernetes name; auto takes what is there.",
+    )
+    steps_per_execution: int = _setting(
+        1, "Training steps that TensorFlow takes at a time, before anything is logged, saved or stopped."
+    )
+    checkpoints_kept: int = _setting(2, "Checkpoints that are kept; older ones are removed.")
+    checkpoint_minutes: float = _setting(10.0, "Minutes between checkpoints within an epoch.")
+    profile: bool = _setting(False, "Write a trace of some training steps for TensorBoard's profiler.")
+
+    def __post_init__(self):
+        check_choice("strategy", self.strategy, STRATEGIES)
+        check_count("steps_per_execution", self.steps_per_execution)
+        check_count("checkpoints_kept", self.checkpoints_kept)
+        check_weight("checkpoint_minutes", self.checkpoint_minutes)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A training run.
 
@@ -205,6 +240,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     optimization: OptimizationConfig = OptimizationConfig()
+    execution: ExecutionConfig = ExecutionConfig()
     seed: int | None = _setting(None, "Seed of the initial weights, the noise and the order of the images.")
     deterministic: bool = _setting(False, "Bit for bit the same run each time; slower on a GPU.")
     precision: str = _setting("float32", f"Keras dtype policy, one of {', '.join(PRECISIONS)}.")
@@ -280,7 +316,10 @@ _SECTIONS = {
     "objective": ObjectiveConfig,
     "data": DataConfig,
     "optimization": OptimizationConfig,
+    "execution": ExecutionConfig,
 }
+# What may differ when a run is continued: where the data lies, and how it is computed.
+_NOT_PART_OF_A_RUN = ("data_dir", *(field.name for field in dataclasses.fields(ExecutionConfig)))
 
 
 def settings():
@@ -301,13 +340,13 @@ def flatten(config):
     }
 
 
-def differences(old, new, ignore=("data_dir",)):
+def differences(old, new, ignore=_NOT_PART_OF_A_RUN):
     """Compares two configs.
 
     Args:
         old: a `Config`.
         new: a `Config`.
-        ignore: flags that may differ: where the data lies does not change a run.
+        ignore: flags that may differ: by default where the data lies, and how a run is computed.
 
     Returns:
         List of "flag: old -> new", empty when they agree.

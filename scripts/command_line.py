@@ -15,6 +15,9 @@ from absl import app, flags
 
 from aib_tf.config import Config, settings
 
+# EX_TEMPFAIL of sysexits.h: what was saved stays, and the same command continues. Launchers and clusters know it.
+REPEAT = 75
+
 _DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
 
@@ -83,14 +86,23 @@ def _guarded(main, arguments):
     from aib_tf.convert import CheckpointError
     from aib_tf.data import DatasetUnavailableError
     from aib_tf.evaluation import UnavailableError
-    from aib_tf.training import NonFiniteLossError, RunMismatchError, TrainingInterrupted
+    from aib_tf.training import (
+        ClusterError,
+        NonFiniteLossError,
+        RunMismatchError,
+        TrainingInterrupted,
+        WorkerLostError,
+    )
+    from aib_tf.training.cluster import MissingWorkerError
 
     absl.logging.set_verbosity(absl.logging.WARNING)  # TensorFlow Datasets tells every step
     try:
         main(arguments)
     except TrainingInterrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130 if stop.signal == "SIGINT" else REPEAT)
+    except (WorkerLostError, MissingWorkerError) as error:
+        _fail(str(error), code=REPEAT)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         sys.exit(130)
@@ -98,7 +110,7 @@ def _guarded(main, arguments):
         if isinstance(error, DatasetUnavailableError) or error.filename is None:
             _fail(str(error), code=1)
         _fail(f"{error.strerror}: {error.filename}", code=1)
-    except (CheckpointError, NonFiniteLossError, RunMismatchError, UnavailableError) as error:
+    except (CheckpointError, ClusterError, NonFiniteLossError, RunMismatchError, UnavailableError) as error:
         _fail(str(error), code=1)
     except (ValueError, TypeError) as error:
         # Errors of our own name what they received; any other is a defect, and its traceback helps to find it.

@@ -9,13 +9,13 @@ import time
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from aib_tf import files
 from aib_tf.layers import GaussianBottleneck
-from aib_tf.training.checkpoints import Progress, metric_variables
+from aib_tf.training.checkpoints import Progress, assign_metrics, metric_values
 from aib_tf.validation import check_count
 
-_CHECKPOINT_SECONDS = 600  # within an epoch; there is also one at the end of each
 _logger = logging.getLogger("aib_tf")
 
 
@@ -24,7 +24,15 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was asked to stop, and saved its state first."""
+    """Training was asked to stop, and saved its state first.
+
+    Attributes:
+        signal: name of the signal that asked, such as "SIGTERM".
+    """
+
+    def __init__(self, message, signal="SIGINT"):
+        super().__init__(message)
+        self.signal = signal
 
 
 class BetaWarmup(keras.callbacks.Callback):
@@ -57,7 +65,7 @@ class BetaWarmup(keras.callbacks.Callback):
         """Sets the factor of the next step."""
         if not self._bottlenecks:
             return
-        step = int(self.model.optimizer.iterations) + 1
+        step = _steps(self.model) + 1
         factor = min(1.0, step / self.steps) if self.steps else 1.0
         for layer in self._bottlenecks:
             layer.warmup.assign(factor)
@@ -113,7 +121,7 @@ class StopAtNonFinite(keras.callbacks.Callback):
     def _check(self, logs, when):
         bad = [name for name, value in (logs or {}).items() if not math.isfinite(value)]
         if bad:
-            step = int(self.model.optimizer.iterations)
+            step = _steps(self.model)
             raise NonFiniteLossError(
                 f"{', '.join(bad)} became NaN or infinite {when}, at step {step}. Training stops; the last checkpoint "
                 "and the best model stay as they were. Try a lower learning rate, or a longer beta warm-up, in another "
@@ -121,46 +129,80 @@ class StopAtNonFinite(keras.callbacks.Callback):
             )
 
 
+class SharedStatistics(keras.callbacks.Callback):
+    """Validates with the first replica's running statistics on all of them.
+
+    Args:
+        workers: the `Workers`.
+    """
+
+    def __init__(self, workers):
+        super().__init__()
+        self.workers = workers
+
+    def on_test_begin(self, logs=None):
+        self.workers.share_statistics(self.model)
+
+
 class Recorder(keras.callbacks.Callback):
     """Keeps the run folder up to date: history, best model, checkpoints; saves when training is asked to stop.
 
+    Of several workers each has one, since values of the model are read by all of them together; the chief's writes.
+
     Args:
         run: the `Run`.
+        workers: the `Workers`.
         progress: the `Progress` to go on from; it is kept current.
         batches_per_epoch: batches in a whole epoch.
+        steps_per_execution: batches from one call of a callback to the next.
+        checkpoint_seconds: seconds between checkpoints within an epoch; there is also one at the end of each.
         monitor: the entry of the logs whose largest value marks the best model.
         learning_rate: number, or schedule from the step to the learning rate.
         stop: the `StopRequest` to obey.
     """
 
-    def __init__(self, run, progress, batches_per_epoch, monitor, learning_rate, stop):
+    def __init__(
+        self,
+        run,
+        workers,
+        progress,
+        *,
+        batches_per_epoch,
+        steps_per_execution,
+        checkpoint_seconds,
+        monitor,
+        learning_rate,
+        stop,
+    ):
         super().__init__()
         self.run = run
+        self.workers = workers
         self.progress = progress
         self.batches_per_epoch = batches_per_epoch
+        self.steps_per_execution = steps_per_execution
+        self.checkpoint_seconds = checkpoint_seconds
         self.monitor = monitor
         self.learning_rate = learning_rate
         self.stop = stop
         self._saved = time.monotonic()
         self._began = time.monotonic()
-        self._skipped = 0
 
     def on_epoch_begin(self, epoch, logs=None):
         self._began = time.monotonic()
         # An epoch that is continued in the middle: its first batches were counted before the interruption.
-        self._skipped = self.progress.batch
-        if self.progress.metrics:
-            variables = metric_variables(self.model)
-            for name, value in self.progress.metrics.items():
-                variables[name].assign(value)
-            self.progress.metrics = {}
+        assign_metrics(self.model, self.progress.metrics)
+        self.progress.metrics = {}
 
     def on_train_batch_end(self, batch, logs=None):
-        self.progress.batch = self._skipped + batch + 1
+        # Not `batch`, which is the first or the last one of an execution, depending on the version of Keras.
+        self.progress.batch = min(self.progress.batch + self.steps_per_execution, self.batches_per_epoch)
         if self.progress.batch == self.batches_per_epoch:
             return  # the end of the epoch saves, after validation
-        if self.stop.signal or time.monotonic() - self._saved > _CHECKPOINT_SECONDS:
-            self._save({name: np.asarray(variable) for name, variable in metric_variables(self.model).items()})
+        # All workers save, or none.
+        due = time.monotonic() - self._saved > self.checkpoint_seconds
+        asked, due = self.workers.any(self.stop.signal, due)
+        if asked or due:
+            self._save(metric_values(self.model), asked)
 
     def on_epoch_end(self, epoch, logs=None):
         last_step = (epoch + 1) * self.batches_per_epoch - 1
@@ -169,9 +211,14 @@ class Recorder(keras.callbacks.Callback):
         row["seconds"] = round(time.monotonic() - self._began, 3)
         self.progress.epoch, self.progress.batch = epoch + 1, 0
         self.progress.rows.append({name: _plain(value) for name, value in row.items()})
-        self.run.write_history(self.progress.rows)
-        self._keep_best(epoch + 1, float(logs[self.monitor]))
-        self._save({})
+
+        def write():
+            self.run.write_history(self.progress.rows)
+            self._keep_best(epoch + 1, float(logs[self.monitor]))
+
+        self.workers.from_chief(write)
+        (asked,) = self.workers.any(self.stop.signal)
+        self._save({}, asked)
 
     def _keep_best(self, epoch, value):
         best = self.run.best
@@ -182,21 +229,82 @@ class Recorder(keras.callbacks.Callback):
                 self.model.save(path)
             files.write_json(self.run.best_info_file, {"epoch": epoch, "monitor": self.monitor, "value": value})
 
-    def _save(self, metrics):
+    def _save(self, metrics, asked_to_stop):
         # Not the optimizer's count, which stands still when a float16 gradient overflows.
         step = self.progress.epoch * self.batches_per_epoch + self.progress.batch
-        asked_to_stop = self.stop.signal is not None
-        bad = [variable.path for variable in self.model.variables if not np.isfinite(np.asarray(variable)).all()]
+        self.workers.share_statistics(self.model)
+        progress = Progress(self.progress.epoch, self.progress.batch, self.progress.rows, metrics)
+        arrays = self.run.checkpoints.values(self.model, progress)
+        bad = [
+            name.split("/", 2)[2]
+            for name, value in arrays.items()
+            if name.startswith("model/") and not np.isfinite(value).all()
+        ]
         if bad:
             raise NonFiniteLossError(
                 f"{', '.join(bad[:3])} became NaN or infinite in training, at step {step}. The last checkpoint and the "
                 "best model stay as they were. Try a lower learning rate in another folder."
             )
-        progress = Progress(self.progress.epoch, self.progress.batch, self.progress.rows, metrics)
-        self.run.checkpoints.save(self.model, progress, step)
+
+        def write():
+            self.run.checkpoints.write(arrays, progress, step)
+            if asked_to_stop:
+                self.run.checkpoints.wait()
+
+        self.workers.from_chief(write)
         self._saved = time.monotonic()
         if asked_to_stop:
             self.stop.saved_step = step
+
+
+class Profiler(keras.callbacks.Callback):
+    """Writes a trace of training steps, for the profiler of TensorBoard.
+
+    It is of one epoch at most: validation is not part of it.
+
+    Args:
+        folder: folder of the logs.
+        first_step: calls of the training function before it, in which TensorFlow still traces and warms up.
+        steps: calls of the training function in it, at most.
+    """
+
+    def __init__(self, folder, first_step=10, steps=20):
+        super().__init__()
+        self.folder = folder
+        self._steps = range(first_step, first_step + steps)
+        self._step = 0
+        self._trace = None
+        self._profile = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._step == self._steps.start:
+            self._profile = tf.profiler.experimental.Profile(str(self.folder))
+            self._profile.__enter__()
+        if self._profile is not None:
+            # By its marks the profiler tells one step from the next.
+            self._trace = tf.profiler.experimental.Trace("train", step_num=self._step, _r=1)
+            self._trace.__enter__()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._step += 1
+        if self._profile is not None:
+            self._trace.__exit__(None, None, None)
+        if self._step == self._steps.stop:
+            self.close()
+
+    def on_test_begin(self, logs=None):
+        self.close()
+
+    def on_train_end(self, logs=None):
+        self.close()
+
+    def close(self):
+        """Writes the trace that is under way, if any."""
+        if self._profile is None:
+            return
+        self._profile.__exit__(None, None, None)
+        self._profile = None
+        _logger.info("A trace of training steps is in %s; `tensorboard --logdir` shows it.", self.folder)
 
 
 class StopWhenAsked(keras.callbacks.Callback):
@@ -219,9 +327,11 @@ class StopWhenAsked(keras.callbacks.Callback):
     def _raise_if_saved(self):
         # Not at once when the signal came: it may have come after the `Recorder` looked for it.
         if self.stop.saved_step is not None:
+            # The signal may have come to another worker.
+            name = self.stop.signal or "SIGTERM"
             raise TrainingInterrupted(
-                f"Stopped by {self.stop.signal} at step {self.stop.saved_step}; the state is saved. The same command "
-                "continues."
+                f"Stopped by {name} at step {self.stop.saved_step}; the state is saved. The same command continues.",
+                name,
             )
 
 
@@ -249,6 +359,9 @@ class StopRequest:
         """Puts the previous handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._previous and self.saved_step is not None and self.signal is None:
+            # Another worker was asked first, and what it was asked is done. Our own signal may still be on its way.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._previous = {}
 
     def _note(self, number, frame):
@@ -260,3 +373,8 @@ class StopRequest:
 def _plain(value):
     value = float(value)
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _steps(model):
+    """How many steps the optimizer of a model has taken; a distributed variable knows no `int`."""
+    return int(keras.ops.convert_to_numpy(model.optimizer.iterations))

@@ -7,10 +7,10 @@ from aib_tf import data, evaluation, visualization
 _MEASURED_PIXELS = 32 * 224 * 224  # of a batch outside of training: 32 images for ImageNet, 250 of 32x32
 
 
-def measuring_batch(info):
+def measuring_batch(info, replicas=1):
     """Images in a batch outside of training, as many as fit into little memory; no result depends on it."""
     height, width, _ = info.image_shape
-    return max(1, min(250, _MEASURED_PIXELS // (height * width)))
+    return replicas * max(1, min(250, _MEASURED_PIXELS // (height * width)) // replicas)
 
 
 def measure(model, config, split="test", samples=None, suites=None):

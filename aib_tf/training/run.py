@@ -6,8 +6,11 @@ import dataclasses
 import io
 import json
 import platform
+import secrets
 import shlex
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import keras
@@ -17,7 +20,7 @@ import tensorflow as tf
 import aib_tf
 from aib_tf import files
 from aib_tf.config import OBJECTIVES, Config, differences
-from aib_tf.training.checkpoints import Checkpoints
+from aib_tf.training.checkpoints import Checkpoints, size_of
 
 try:
     import fcntl
@@ -25,12 +28,21 @@ except ImportError:  # Windows: nothing keeps two processes out of one run folde
     fcntl = None
 
 
+# Both are above what was measured: TensorBoard's logs take 0.18 MB an epoch for images of 32x32, and all that is
+# neither log nor checkpoint nor weights 0.5 MB.
+_BYTES_OF_EPOCH = 0.5e6
+_BYTES_OF_OTHER_FILES = 10e6
+
+
 class RunMismatchError(ValueError):
     """A folder holds another run, something else, or no finished run where one is needed."""
 
 
 class Run:
-    """A run folder.
+    """A run folder, local or on any file system that `tf.io.gfile` knows, such as gs://bucket/run.
+
+    A local folder is kept for one process at a time by a lock. Other file systems have none: there, two processes with
+    the same folder overwrite each other's files, each of them whole.
 
     Attributes:
         path: the folder.
@@ -46,10 +58,14 @@ class Run:
 
     Args:
         path: the folder; it need not exist.
+        checkpoints_kept: how many checkpoints stay in it.
+
+    Raises:
+        ValueError: if TensorFlow has no file system for the path, or `checkpoints_kept` is not an integer from 1 up.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, checkpoints_kept=2):
+        self.path = files.path(path)
         self.config_file = self.path / "config.json"
         self.history_file = self.path / "history.csv"
         self.best_file = self.path / "best.keras"
@@ -58,7 +74,7 @@ class Run:
         self.attention_file = self.path / "attention.png"
         self.curves_file = self.path / "curves.png"
         self.tensorboard_folder = self.path / "tensorboard"
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.checkpoints = Checkpoints(self.path / "checkpoints", checkpoints_kept)
 
     @property
     def config(self):
@@ -68,7 +84,7 @@ class Run:
             RunMismatchError: if there is none, or it cannot be read.
         """
         try:
-            return Config.from_dict(json.loads(self.config_file.read_text())["config"])
+            return Config.from_dict(json.loads(self.config_file.read_text(encoding="utf-8"))["config"])
         except FileNotFoundError:
             raise RunMismatchError(
                 f"There is no run in this folder: {self.config_file} is missing. Train one with scripts/train.py "
@@ -115,14 +131,78 @@ class Run:
             )
         return new
 
-    def create(self, config):
-        """Writes config.json, unless the run is there already, and removes what a killed process left half-written."""
+    def check_storage(self, model, epochs):
+        """Checks that the folder can be written to, and that its disk has room for what a run writes.
+
+        That is one checkpoint more than are kept, and two best models, since files are replaced only when the new one
+        is whole; what is there already is counted. How much an object store or another remote file system has is not
+        known: for these it is the room in the temporary folder, where each file is written before it is copied.
+
+        Args:
+            model: a compiled model whose optimizer is built.
+            epochs: how many are to be trained at most, for the logs.
+
+        Raises:
+            OSError: if the folder cannot be made or written to, or there is too little room.
+        """
+        checkpoint = best = size_of(model)  # best.keras holds the optimizer, too
+        kept = self.checkpoints.kept
+        if isinstance(self.path, Path):
+            folder = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+            there = [path.stat().st_size for path in (*self.checkpoints.paths(), self.best_file) if path.exists()]
+            logs = _BYTES_OF_EPOCH * epochs + _BYTES_OF_OTHER_FILES
+            # There may be more than are kept: removing comes after writing.
+            needed = logs + max((kept + 1) * checkpoint + 2 * best - sum(there), checkpoint + best)
+            what = (
+                f"{kept} checkpoints and one in writing, {_megabytes(checkpoint)} MB each, the best model twice, "
+                f"{_megabytes(best)} MB each, and {_megabytes(logs)} MB of logs, less what is there"
+            )
+            remedy = "name another folder, or keep fewer with checkpoints_kept"
+        else:
+            folder, needed = Path(tempfile.gettempdir()), checkpoint + best
+            what = "a checkpoint and the best model, which are written there before they are copied"
+            remedy = "or name another temporary folder with the environment variable TMPDIR"
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(
+                f"{folder} has {_megabytes(free)} MB free, and the run needs {_megabytes(needed)} MB: {what}. "
+                f"Make room, {remedy}. Received: path={str(self.path)!r}"
+            )
+        trial = self.path / f".{secrets.token_hex(6)}.trial"
+        try:
+            files.write_bytes(trial, b"")
+            trial.unlink()
+        except OSError as error:
+            raise OSError(
+                f"The run folder cannot be written to ({error.strerror or error}). Change its rights, or name another "
+                f"folder. Received: path={str(self.path)!r}"
+            ) from error
+
+    def create(self, config, replicas=1):
+        """Writes config.json, unless the run is there already, and removes what a killed process left half-written.
+
+        Args:
+            config: the resolved `Config`.
+            replicas: on how many devices it is computed.
+
+        Raises:
+            RunMismatchError: if the run was begun on another number of devices, and its learning rate depends on it.
+        """
+        if self.config_file.exists() and config.optimization.learning_rate_scaling != "none":
+            begun = json.loads(self.config_file.read_text(encoding="utf-8")).get("replicas", 1)
+            if begun != replicas:
+                raise RunMismatchError(
+                    f"This run was begun on {begun} devices, which its learning rate was scaled for. Continue it on as "
+                    f"many, or name another folder. Received: {replicas} devices, learning_rate_scaling="
+                    f"{config.optimization.learning_rate_scaling}"
+                )
         files.remove_leftovers(self.path)
         files.remove_leftovers(self.checkpoints.folder)
         if not self.config_file.exists():
             record = {
                 "config": config.to_dict(),
                 "seed": config.seed,
+                "replicas": replicas,
                 "command": shlex.join([sys.executable, *sys.argv]),
                 "versions": {
                     "aib_tf": aib_tf.__version__,
@@ -137,12 +217,24 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self):
-        """Keeps a second process out of the folder.
+        """Keeps a second process out of a local folder; at the end waits for the checkpoint that is being written.
 
         Raises:
             RunMismatchError: if another process is training here.
+            OSError: if the last checkpoint could not be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            try:
+                yield
+            finally:
+                self.checkpoints.wait()
+
+    @contextlib.contextmanager
+    def _lock(self):
+        if not isinstance(self.path, Path):
+            yield
+            return
         with open(self.path / ".lock", "w") as lock:
             if fcntl is not None:
                 try:
@@ -163,15 +255,14 @@ class Run:
 
     def read_history(self):
         """Returns a dict name -> list of floats, one for each epoch."""
-        with open(self.history_file, newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(self.history_file.read_text(encoding="utf-8"))))
         return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
     @property
     def best(self):
         """Epoch (from 1), monitored metric and its value of the best model so far, as a dict, or None."""
         try:
-            best = json.loads(self.best_info_file.read_text())
+            best = json.loads(self.best_info_file.read_text(encoding="utf-8"))
             return {"epoch": int(best["epoch"]), "monitor": str(best["monitor"]), "value": float(best["value"])}
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -190,10 +281,15 @@ class Run:
                 f"This run has no best model: {self.best_file} is missing. It is written after each epoch that is the "
                 "best so far; repeat the command that started the run."
             )
-        try:
-            return keras.saving.load_model(self.best_file)
-        except Exception as error:  # Keras lets zipfile's, h5py's and its own errors through
-            raise RunMismatchError(
-                f"{self.best_file} is damaged ({type(error).__name__}: {error}). Delete it and repeat the command that "
-                "trained it: the last checkpoint then takes its place."
-            ) from error
+        with files.local_copy(self.best_file) as path:
+            try:
+                return keras.saving.load_model(path)
+            except Exception as error:  # Keras lets zipfile's, h5py's and its own errors through
+                raise RunMismatchError(
+                    f"{self.best_file} is damaged ({type(error).__name__}: {error}). Delete it and repeat the command "
+                    "that trained it: the last checkpoint then takes its place."
+                ) from error
+
+
+def _megabytes(count):
+    return f"{count / 1e6:,.1f}"

@@ -70,7 +70,7 @@ def uninterrupted(tmp_path_factory, data_dir):
     ("number", "code", "kept"),
     [
         (signal.SIGINT, 130, "step-00000017.npz"),
-        (signal.SIGTERM, 130, "step-00000017.npz"),
+        (signal.SIGTERM, 75, "step-00000017.npz"),
         (signal.SIGKILL, -signal.SIGKILL, "step-00000012.npz"),
     ],
     ids=lambda value: getattr(value, "name", None),
