@@ -124,7 +124,9 @@ class Checkpoints:
         self.wait()
         # Training will append to the rows while the thread writes.
         position = json.dumps({"epoch": progress.epoch, "batch": progress.batch, "rows": progress.rows})
-        target = self.folder / f"step-{step:08d}.npz"
+        # On more devices than before an epoch may have fewer batches. The newest has the largest number all the same.
+        newest = max((_number(path) for path in self._paths()), default=-1)
+        target = self.folder / f"step-{step if step > newest else newest + 1:08d}.npz"
         # Not a daemon: Python waits for it before it exits.
         self._thread = threading.Thread(target=self._write, args=(target, arrays, position), name="checkpoint")
         self._thread.start()
@@ -212,7 +214,7 @@ class Checkpoints:
 
     def _paths(self):
         found = [path for path in self.folder.glob("step-*.npz") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name).group(1)))
+        return sorted(found, key=_number)
 
     def _write(self, target, arrays, position):
         try:
@@ -228,6 +230,10 @@ class Checkpoints:
             self._error.__cause__ = error
         except BaseException as error:  # a defect; to be raised where somebody sees it
             self._error = error
+
+
+def _number(path):
+    return int(_NAME.fullmatch(path.name).group(1))
 
 
 def size_of(model):

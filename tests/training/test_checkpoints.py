@@ -146,6 +146,15 @@ def test_only_whole_checkpoints_of_our_own_names_are_removed(model, tmp_path):
             Checkpoints(tmp_path, kept)
 
 
+def test_the_newest_checkpoint_stays_though_an_epoch_has_fewer_steps_than_before(model, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, Progress(100), step=500)
+    for epoch, step in ((101, 404), (102, 408)):
+        checkpoints.save(model, Progress(epoch), step)
+    assert names(checkpoints) == ["step-00000501.npz", "step-00000502.npz"]
+    assert checkpoints.read_newest()[1].epoch == 102
+
+
 def test_a_checkpoint_of_another_model_changes_nothing(model, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(small_model(width=5), Progress(), step=1)
