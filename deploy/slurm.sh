@@ -58,7 +58,8 @@ for ((attempt = 1; ; attempt++)); do
   wait "$workers"
   code=$?
   workers=
-  if [[ $ending == time ]] && ((code == 75)); then
+  # 143: the time ended while the trained model was measured, outside of a training step.
+  if [[ $ending == time ]] && ((code == 75 || code == 143)); then
     echo "slurm.sh: the time is up and the state is saved; the job goes back into the queue" >&2
     exec scontrol requeue "$SLURM_JOB_ID"
   fi

@@ -2,8 +2,9 @@
 
 python scripts/launch.py --workers=2 -- scripts/train.py --flagfile=configs/digits_aib_qt.flags --output_dir=runs/digits
 
-Each worker gets a TF_CONFIG with a free port of its own, and its share of the cores. Its lines are shown with its
-number in front. A .py file is run with this Python, any other command as it is.
+Each worker gets a TF_CONFIG with a free port of its own, and its share of the cores and of the NVIDIA GPUs, as many as
+the others (CUDA_VISIBLE_DEVICES; one that is set is left alone). Its lines are shown with its number in front. A .py
+file is run with this Python, any other command as it is.
 
 SIGINT and SIGTERM go to all workers, which are then waited for; a second one kills them. When a worker fails, the
 others have --grace seconds to notice it and end. The exit code is that of the worker that failed first, 128 + n for
@@ -27,6 +28,8 @@ import sys
 import time
 
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: the state is saved, the same command continues
+
+NVIDIA_GPUS = "/proc/driver/nvidia/gpus"  # the driver's, a folder for each
 
 # Waits for a line, so that nothing has begun before the guard knows of it, and becomes the command.
 _WORKER = ["/bin/sh", "-c", 'read -r begin && exec "$@" < /dev/null', "worker"]
@@ -154,7 +157,7 @@ class Launcher:
         for index in range(self._count):
             task = {"type": "worker", "index": index}
             tf_config = json.dumps({"cluster": {"worker": addresses}, "task": task})
-            environment = {**shares(self._count), **os.environ, "TF_CONFIG": tf_config}
+            environment = {**shares(index, self._count), **os.environ, "TF_CONFIG": tf_config}
             worker = Worker(index, self._command, environment)
             self._workers.append(worker)
             for stream in worker.streams:
@@ -337,11 +340,15 @@ def free_ports(count):
     raise OSError(f"There are not enough free ports. Received: workers={count}")
 
 
-def shares(count):
-    """What each worker gets of the cores, as variables that those of the user go before."""
+def shares(index, count):
+    """What a worker gets of the cores and the GPUs, as variables that those of the user go before."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = str(max(cores // count, 1))
-    return {**dict.fromkeys(_THREADS, threads), "PYTHONUNBUFFERED": "1"}
+    gpus = len(os.listdir(NVIDIA_GPUS)) if os.path.isdir(NVIDIA_GPUS) else 0
+    each = gpus // count
+    own = ",".join(str(number) for number in range(index * each, (index + 1) * each))
+    visible = {"CUDA_VISIBLE_DEVICES": own or "-1"} if gpus else {}
+    return {**dict.fromkeys(_THREADS, threads), **visible, "PYTHONUNBUFFERED": "1"}
 
 
 def signal_name(number):

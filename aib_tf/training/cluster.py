@@ -43,6 +43,7 @@ _REMEDIES = {
     "addresses": "Give every worker the same list of addresses.",
     "versions": "Install the same versions everywhere.",
     "config": "Start every worker with the same flags.",
+    "devices": "Give every worker the same number of GPUs, for example with CUDA_VISIBLE_DEVICES.",
 }
 
 
@@ -118,8 +119,8 @@ def find(environment: Mapping[str, str] = os.environ) -> Cluster | None:
     """Finds the workers of this run in the environment.
 
     In this order: TF_CONFIG, whose "chief" counts as worker 0; the step of Slurm that this process is a task of; an
-    Indexed Job of Kubernetes where AIB_TF_WORKERS is set, see deploy/kubernetes.yaml. A step or a Job of one task is
-    no cluster, and neither is the shell of `sbatch` or `salloc` outside `srun`.
+    Indexed Job of Kubernetes where AIB_TF_WORKERS is set, see deploy/kubernetes.yaml. The shell of `sbatch` or
+    `salloc` outside `srun` is no cluster.
 
     Args:
         environment: the variables to look at.
@@ -148,7 +149,7 @@ def meet(cluster: Cluster, facts: dict, timeout: float = 300.0) -> None:
     Args:
         cluster: the `Cluster`.
         facts: what must be equal on all workers, of what JSON can hold. Dicts in it are compared name by name. For
-            "versions" and "config" the error names the remedy.
+            "versions", "devices" and "config" the error names the remedy.
         timeout: how long to wait for the other workers, in seconds. Worker 0 counts from its own start; who has reached
             it goes by its clock.
 
@@ -233,12 +234,16 @@ def _from_tf_config(text):
         raise ClusterError(f"TF_CONFIG: {error}") from None
 
 
+def _alone():
+    return Cluster((f"localhost:{_KUBERNETES_PORT}",), 0)  # an address that nobody has to reach
+
+
 def _from_slurm(environment):
     # Not tf.distribute.cluster_resolver.SlurmClusterResolver: it fails on nodes without nvidia-smi, overwrites
     # CUDA_VISIBLE_DEVICES, and sorts hosts as text (n10 before n9), so that tasks get the addresses of others.
     tasks = _slurm_number(environment, "SLURM_STEP_NUM_TASKS")
     if tasks == 1:
-        return None
+        return _alone()
     rank = _slurm_number(environment, "SLURM_PROCID")
     job = _slurm_number(environment, "SLURM_JOB_ID")
     step = _slurm_number(environment, "SLURM_STEP_ID", "0")
@@ -323,7 +328,7 @@ def _from_kubernetes(environment):
 
     size = number("AIB_TF_WORKERS", "", 1, 10**5, "Set it to the Job's number of completions.")
     if size == 1:
-        return None
+        return _alone()
     indexed = (
         "Kubernetes sets it in a Job with completionMode: Indexed; AIB_TF_WORKERS is the number of its completions."
     )

@@ -90,7 +90,8 @@ def strategy(name="auto"):
 def _start(workers):
     if workers not in _made:
         versions = {**{name: _version(name) for name in _VERSIONS}, "python": platform.python_version()}
-        cluster.meet(workers, {"versions": versions})
+        devices = {"GPUs": len(tf.config.list_physical_devices("GPU"))}
+        cluster.meet(workers, {"versions": versions, "devices": devices})
         keras_multi_worker.apply()
         try:
             _made[workers] = tf.distribute.MultiWorkerMirroredStrategy(

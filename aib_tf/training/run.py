@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import platform
 import secrets
 import shlex
@@ -32,6 +33,8 @@ except ImportError:  # Windows: nothing keeps two processes out of one run folde
 # neither log nor checkpoint nor weights 0.5 MB.
 _BYTES_OF_EPOCH = 0.5e6
 _BYTES_OF_OTHER_FILES = 10e6
+
+_logger = logging.getLogger("aib_tf")
 
 
 class RunMismatchError(ValueError):
@@ -239,10 +242,12 @@ class Run:
             if fcntl is not None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
+                except BlockingIOError:
                     raise RunMismatchError(
                         f"Another process is training in {self.path}. Wait for it, or name another folder."
                     ) from None
+                except OSError as error:  # the network file systems of some clusters
+                    _logger.warning("%s cannot be locked (%s): start no second process there.", self.path, error)
             yield
 
     def write_history(self, rows):

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -333,3 +334,18 @@ def test_the_launcher_imports_no_tensorflow():
         "assert not {'tensorflow', 'keras', 'numpy', 'aib_tf'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=LONG)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "visible"),
+    [(0, 2, [None, None]), (4, 2, ["0,1", "2,3"]), (3, 2, ["0", "1"]), (1, 2, ["-1", "-1"])],
+)
+def test_workers_share_the_gpus_of_the_machine_alike(tmp_path, gpus, count, visible):
+    launcher = runpy.run_path(LAUNCH)
+    folder = tmp_path / "gpus"
+    if gpus:
+        folder.mkdir()
+        for number in range(gpus):
+            (folder / f"0000:0{number}:00.0").mkdir()
+    launcher["shares"].__globals__["NVIDIA_GPUS"] = str(folder)
+    assert [launcher["shares"](index, count).get("CUDA_VISIBLE_DEVICES") for index in range(count)] == visible

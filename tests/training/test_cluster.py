@@ -159,15 +159,21 @@ def test_slurm_jobs_and_steps_that_run_at_a_time_have_other_ports():
     [
         {},
         {"TF_CONFIG": " "},
-        slurm("n1", "1", 1),
         # The shell of sbatch: a job, but no step.
         {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"},
         {"JOB_COMPLETION_INDEX": "3", "HOSTNAME": "sweep-3"},
-        {"AIB_TF_WORKERS": "1", "JOB_COMPLETION_INDEX": "0", "HOSTNAME": "digits-0"},
     ],
 )
 def test_one_process_alone_is_no_cluster(environment):
     assert find(environment) is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [slurm("n1", "1", 1), {"AIB_TF_WORKERS": "1", "JOB_COMPLETION_INDEX": "0", "HOSTNAME": "digits-0"}],
+)
+def test_a_step_or_a_job_of_one_task_is_a_cluster_of_one(environment):
+    assert (find(environment).size, find(environment).index) == (1, 0)
 
 
 @pytest.mark.parametrize(
