@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import types
 import typing
@@ -99,6 +100,9 @@ def _guarded(main, arguments):
     try:
         main(arguments)
     except TrainingInterrupted as stop:
+        if stop.signal != "SIGINT":
+            # Another worker may have been asked first. Our own signal then is still on its way, and has nothing to say.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(130 if stop.signal == "SIGINT" else REPEAT)
     except (WorkerLostError, MissingWorkerError) as error:

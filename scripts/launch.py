@@ -88,6 +88,8 @@ def main():
         command = [sys.executable, *command]
     elif shutil.which(command[0]) is None:
         parser.error(f"There is no such command. Received: command={command[0]!r}")
+    if "CUDA_VISIBLE_DEVICES" not in os.environ and 0 < number_of_gpus() < options.workers:
+        say(f"there are {number_of_gpus()} GPUs for {options.workers} workers, so that all of them use the CPU")
     launcher = Launcher(command, options.workers, options.grace)
     for attempt in range(options.restarts + 1):
         if attempt:
@@ -340,11 +342,15 @@ def free_ports(count):
     raise OSError(f"There are not enough free ports. Received: workers={count}")
 
 
+def number_of_gpus():
+    return len(os.listdir(NVIDIA_GPUS)) if os.path.isdir(NVIDIA_GPUS) else 0
+
+
 def shares(index, count):
     """What a worker gets of the cores and the GPUs, as variables that those of the user go before."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = str(max(cores // count, 1))
-    gpus = len(os.listdir(NVIDIA_GPUS)) if os.path.isdir(NVIDIA_GPUS) else 0
+    gpus = number_of_gpus()
     each = gpus // count
     own = ",".join(str(number) for number in range(index * each, (index + 1) * each))
     visible = {"CUDA_VISIBLE_DEVICES": own or "-1"} if gpus else {}

@@ -359,9 +359,6 @@ class StopRequest:
         """Puts the previous handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._previous and self.saved_step is not None and self.signal is None:
-            # Another worker was asked first, and what it was asked is done. Our own signal may still be on its way.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._previous = {}
 
     def _note(self, number, frame):

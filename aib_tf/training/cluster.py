@@ -42,7 +42,6 @@ _SLURM_PORTS, _SLURM_SLOTS, _SLURM_SLOT = 10000, 340, 64
 _REMEDIES = {
     "addresses": "Give every worker the same list of addresses.",
     "versions": "Install the same versions everywhere.",
-    "config": "Start every worker with the same flags.",
     "devices": "Give every worker the same number of GPUs, for example with CUDA_VISIBLE_DEVICES.",
 }
 
@@ -149,7 +148,7 @@ def meet(cluster: Cluster, facts: dict, timeout: float = 300.0) -> None:
     Args:
         cluster: the `Cluster`.
         facts: what must be equal on all workers, of what JSON can hold. Dicts in it are compared name by name. For
-            "versions", "devices" and "config" the error names the remedy.
+            "versions" and "devices" the error names the remedy.
         timeout: how long to wait for the other workers, in seconds. Worker 0 counts from its own start; who has reached
             it goes by its clock.
 
@@ -159,7 +158,7 @@ def meet(cluster: Cluster, facts: dict, timeout: float = 300.0) -> None:
             workers raise it, with the same message.
 
     Example:
-        meet(cluster, {"versions": {"tensorflow": tf.__version__}, "config": config.to_dict()})
+        meet(cluster, {"versions": {"tensorflow": tf.__version__}})
     """
     hello = {
         "aib_tf": _PROTOCOL,

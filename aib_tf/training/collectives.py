@@ -25,19 +25,6 @@ def worker_count(strategy):
     return _position(strategy)[1]
 
 
-def barrier(strategy):
-    """Waits until every worker has come here.
-
-    Args:
-        strategy: a `tf.distribute.Strategy`.
-
-    Raises:
-        tf.errors.UnavailableError: if a worker was lost. Other errors of `tf.errors` are possible.
-    """
-    if worker_count(strategy) > 1:
-        _sum(strategy, np.zeros(1, "int32"))
-
-
 def broadcast(strategy, arrays):
     """Sends arrays from the chief to all workers, bit for bit.
 

@@ -7,6 +7,7 @@ devices, and what Keras leaves different between replicas.
 import contextlib
 import importlib.metadata
 import json
+import logging
 import platform
 import re
 
@@ -24,6 +25,8 @@ _VERSIONS = ("aib_tf", "tensorflow", "keras", "numpy")
 # What TensorFlow raises in the workers that are left when one of them is gone.
 _LOST = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError)
 _OTHER_TASK = re.compile(r"/task:(\d+)")
+
+_logger = logging.getLogger("aib_tf")
 
 # One of a kind for the process: TensorFlow has one cluster, and the exchanges of two strategies would meet each other.
 _made = {}
@@ -70,8 +73,8 @@ def strategy(name="auto"):
         if workers is not None and workers.size > 1:
             return _start(workers)
         name = "auto"
-    # Asking for physical devices only leaves a later strategy of several workers possible.
-    gpus = tf.config.list_physical_devices("GPU")
+    # Not the logical ones, which would start TensorFlow: a strategy of several workers then comes too late.
+    gpus = tf.config.get_visible_devices("GPU")
     if name == "one_device" or (name == "auto" and len(gpus) < 2):
         return tf.distribute.get_strategy()
     devices = tf.config.list_logical_devices("GPU" if gpus else "CPU")
@@ -90,9 +93,16 @@ def strategy(name="auto"):
 def _start(workers):
     if workers not in _made:
         versions = {**{name: _version(name) for name in _VERSIONS}, "python": platform.python_version()}
-        devices = {"GPUs": len(tf.config.list_physical_devices("GPU"))}
-        cluster.meet(workers, {"versions": versions, "devices": devices})
+        devices = {"GPUs": len(tf.config.get_visible_devices("GPU"))}
         keras_multi_worker.apply()
+        _logger.info(
+            "This is worker %d of %d at %s, as TF_CONFIG, Slurm or Kubernetes says. It waits for the others; "
+            "--strategy=one_device trains alone.",
+            workers.index,
+            workers.size,
+            workers.address,
+        )
+        cluster.meet(workers, {"versions": versions, "devices": devices})
         try:
             _made[workers] = tf.distribute.MultiWorkerMirroredStrategy(
                 cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
@@ -199,10 +209,6 @@ class Workers:
             return tuple(bool(flag) for flag in flags)
         values = tf.constant([float(bool(flag)) for flag in flags])
         return tuple(bool(value) for value in self.strategy.reduce("SUM", values, axis=None).numpy() > 0)
-
-    def wait(self):
-        """Waits until all processes have come here."""
-        collectives.barrier(self.strategy)
 
     @contextlib.contextmanager
     def watched(self):

@@ -223,7 +223,8 @@ class _Fit:
         size = measuring_batch(self.info, workers.replicas)
         selection = data.load(source.name, config.select_on, size, source.data_dir, shards=workers.shards)
         stop = StopRequest()
-        profiler = Profiler(self.folder.tensorboard_folder, first_step=min(10, batches // 2))
+        calls = batches // execution.steps_per_execution
+        profiler = Profiler(self.folder.tensorboard_folder, first_step=min(10, calls // 2))
         callbacks = [
             SharedStatistics(workers),
             AveragedWeights(),
@@ -256,7 +257,7 @@ class _Fit:
                 # The rest of an epoch has fewer steps than the others, so it is a `fit` of its own.
                 remaining = batches - progress.batch
                 elements = remaining * workers.shards.count
-                self._fit(stream.take(elements), selection, callbacks, progress.epoch, progress.epoch + 1, remaining)
+                self._fit(stream, selection, callbacks, progress.epoch, progress.epoch + 1, remaining)
                 stream = stream.skip(elements)
             if progress.epoch < epochs:
                 self._fit(stream, selection, callbacks, progress.epoch, epochs, batches)

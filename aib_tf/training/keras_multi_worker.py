@@ -21,6 +21,8 @@ import logging
 import keras
 import tensorflow as tf
 
+from aib_tf.training.cluster import ClusterError
+
 _TRIED = ((3, 10), (3, 15))
 _MARK = "_mended_by_aib_tf"
 _logger = logging.getLogger("aib_tf")
@@ -36,7 +38,7 @@ def apply():
     them from the variables of the metrics, summed over the replicas.
 
     Raises:
-        RuntimeError: if the functions are not there as known, in a Keras that is older or newer than those tried.
+        ClusterError: if the functions are not there as known, in a Keras that is older or newer than those tried.
     """
     for owner, name, _, mended in _checked_places():
         original = getattr(owner, name)
@@ -64,7 +66,7 @@ def _checked_places():
         known = False
     if not known:
         first, last = (".".join(map(str, tried)) for tried in _TRIED)
-        raise RuntimeError(
+        raise ClusterError(
             "This version of aib_tf mends Keras for several machines as Keras "
             f"{first} to {last} is written, and the installed Keras is written otherwise. Install one of those, pip "
             f'install "keras>={first},<={last}.*", or train on one machine. '

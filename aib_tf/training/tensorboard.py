@@ -30,6 +30,15 @@ class TensorBoardLogs(keras.callbacks.Callback):
         self._writer = tf.summary.create_file_writer(str(self.folder))
 
     def on_epoch_end(self, epoch, logs=None):
+        try:
+            self._write(epoch, logs)
+        except tf.errors.OpError as error:
+            raise OSError(
+                f"The logs for TensorBoard could not be written ({error.message}). Mend the cause; the same command "
+                f"continues from the last checkpoint. Received: path={str(self.folder)!r}"
+            ) from error
+
+    def _write(self, epoch, logs):
         with self._writer.as_default(step=epoch + 1):
             for name, value in logs.items():
                 split, name = ("validation", name[4:]) if name.startswith("val_") else ("train", name)

@@ -390,7 +390,7 @@ def test_workers_with_other_settings_are_told_each_of_them(addresses):
     ):
         assert part in text
     assert "epochs" not in text
-    assert text.endswith("Start every worker with the same flags. They must be equal on all workers.")
+    assert text.endswith("They must be equal on all workers.")
 
 
 def test_workers_with_other_lists_of_addresses_are_told(addresses, short_grace):
