@@ -247,7 +247,6 @@ class _Worker:
         self.results["received_nothing"] = collectives.broadcast(self.strategy, [] if self.index == 0 else None)
         self.results["texts"] = collectives.gather_texts(self.strategy, exchanged_texts()[self.index])
         self.results["empty_texts"] = collectives.gather_texts(self.strategy, "")
-        collectives.gather_texts(self.strategy, "")
 
     def write(self):
         (self.folder / f"results-{self.index}.json").write_text(json.dumps(self.results))
