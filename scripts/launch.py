@@ -198,7 +198,8 @@ class Launcher:
     def _stop(self, number):
         if self.stopped_by is None:
             self.stopped_by = number
-            self._deadline = None
+            # Workers are given the time they need to save, unless one has failed already.
+            self._deadline = time.monotonic() + self._grace if self._failures else None
             say(f"{number.name}: waiting for the workers to end; a second one kills them")
             # A terminal that hangs up is no reason to lose what was computed.
             self._signal(signal.SIGTERM if number == signal.SIGHUP else number)

@@ -232,6 +232,7 @@ class Recorder(keras.callbacks.Callback):
     def _save(self, metrics, asked_to_stop):
         # Not the optimizer's count, which stands still when a float16 gradient overflows.
         step = self.progress.epoch * self.batches_per_epoch + self.progress.batch
+        self.workers.from_chief(self.run.checkpoints.wait)  # where the last one failed, all are told
         self.workers.share_statistics(self.model)
         progress = Progress(self.progress.epoch, self.progress.batch, self.progress.rows, metrics)
         arrays = self.run.checkpoints.values(self.model, progress)

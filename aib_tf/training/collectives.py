@@ -1,7 +1,7 @@
 """What the workers of a strategy tell one another outside of the training step: arrays, texts, and where each stands.
 
 Every function is called by all workers, in the same order, outside of `tf.function` and of `strategy.run`. With one
-worker they return what they were given. All of them rest on one operation, the sum over the workers of int32 tensors to
+worker they return what they were given. All of them rest on one operation, the sum over the workers of int64 tensors to
 which one worker adds its bytes and the others add zeros: it is exact whatever the bytes mean, and unlike a file it asks
 for nothing that the machines share.
 """
@@ -13,6 +13,7 @@ import tensorflow as tf
 
 # Bounds what a worker holds beside the arrays themselves.
 _CHUNK_BYTES = 32 * 2**20
+_WORD = 8  # bytes of an int64; TensorFlow refuses to sum int32 on a GPU
 
 
 def worker_index(strategy):
@@ -88,10 +89,10 @@ def gather_texts(strategy, text):
     if count == 1:
         return [text]
     data = np.frombuffer(text.encode("utf-8", "surrogatepass"), "uint8")
-    sizes = np.zeros(count, "int32")
+    sizes = np.zeros(count, "int64")
     sizes[index] = data.size
     sizes = _sum(strategy, sizes)
-    rows = np.zeros([count, _words(int(sizes.max()))], "int32")
+    rows = np.zeros([count, _words(int(sizes.max()))], "int64")
     rows[index] = _to_words(data, rows.shape[1])
     rows = _sum(strategy, rows.reshape(-1)).reshape(rows.shape)
     return [row.tobytes()[:size].decode("utf-8", "surrogatepass") for row, size in zip(rows, sizes, strict=True)]
@@ -114,29 +115,29 @@ def _position(strategy):
 def _broadcast_bytes(strategy, data, size=None):
     """Sends bytes from the chief; without a `size` known to all, that first."""
     if size is None:
-        size = int(_sum(strategy, np.array([0 if data is None else data.size], "int32"))[0])
-    result = np.empty(_words(size), "int32")
-    step = _CHUNK_BYTES // 4
+        size = int(_sum(strategy, np.array([0 if data is None else data.size], "int64"))[0])
+    result = np.empty(_words(size), "int64")
+    step = _CHUNK_BYTES // _WORD
     source = None if data is None else _to_words(data, result.size)
     for start in range(0, result.size, step):
         end = min(start + step, result.size)
-        result[start:end] = _sum(strategy, np.zeros(end - start, "int32") if source is None else source[start:end])
+        result[start:end] = _sum(strategy, np.zeros(end - start, "int64") if source is None else source[start:end])
     return result.view("uint8")[:size]
 
 
 def _sum(strategy, values):
-    """The sum over the workers of a vector of int32."""
+    """The sum over the workers of a vector of int64."""
     if not values.size:
         return values  # TensorFlow's ring of empty tensors ends in a segmentation fault.
     return strategy.reduce("SUM", tf.convert_to_tensor(values), axis=None).numpy()
 
 
 def _words(size):
-    return -(-size // 4)
+    return -(-size // _WORD)
 
 
 def _to_words(data, count):
-    words = np.zeros(count, "int32")
+    words = np.zeros(count, "int64")
     words.view("uint8")[: data.size] = data
     return words
 

@@ -8,8 +8,11 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import re
+import signal
+import threading
 
 import keras
 import numpy as np
@@ -24,6 +27,7 @@ from aib_tf.validation import check_choice
 _VERSIONS = ("aib_tf", "tensorflow", "keras", "numpy")
 # What TensorFlow raises in the workers that are left when one of them is gone.
 _LOST = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError)
+_START_SECONDS = 120.0  # for TensorFlow's servers to find one another, when all processes are there
 _OTHER_TASK = re.compile(r"/task:(\d+)")
 
 _logger = logging.getLogger("aib_tf")
@@ -93,7 +97,7 @@ def strategy(name="auto"):
 def _start(workers):
     if workers not in _made:
         versions = {**{name: _version(name) for name in _VERSIONS}, "python": platform.python_version()}
-        devices = {"GPUs": len(tf.config.get_visible_devices("GPU"))}
+        devices = {"GPU": len(tf.config.get_visible_devices("GPU"))}
         keras_multi_worker.apply()
         _logger.info(
             "This is worker %d of %d at %s, as TF_CONFIG, Slurm or Kubernetes says. It waits for the others; "
@@ -104,20 +108,51 @@ def _start(workers):
         )
         cluster.meet(workers, {"versions": versions, "devices": devices})
         try:
-            _made[workers] = tf.distribute.MultiWorkerMirroredStrategy(
-                cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
-                    tf.train.ClusterSpec({"worker": list(workers.addresses)}),
-                    task_type="worker",
-                    task_id=workers.index,
-                    rpc_layer="grpc",
+            with _watchdog(workers):
+                _made[workers] = tf.distribute.MultiWorkerMirroredStrategy(
+                    cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
+                        tf.train.ClusterSpec({"worker": list(workers.addresses)}),
+                        task_type="worker",
+                        task_id=workers.index,
+                        rpc_layer="grpc",
+                        # Without it the strategy takes one CPU of each worker, whatever GPUs there are.
+                        num_accelerators=devices if devices["GPU"] else None,
+                    )
                 )
-            )
         except RuntimeError as error:
             raise ClusterError(
                 "TensorFlow was used in this process before it was to join the others. Ask for the strategy first. "
                 f"Received: strategy='multi_worker' ({error})"
             ) from error
     return _made[workers]
+
+
+@contextlib.contextmanager
+def _watchdog(workers):
+    """Ends the process if TensorFlow waits too long for a worker that ended after the meeting.
+
+    Its wait knows no limit and no signal, so that nothing gentler would end it, and nothing has been computed yet.
+    Afterwards SIGTERM ends the process again, which TensorFlow's server would have swallowed.
+    """
+
+    def give_up():
+        _logger.error(
+            "TensorFlow has waited for %d s for all workers. One of them ended after all had met; its log says why. "
+            "Worker %d ends, too; the same command may be given again.",
+            _START_SECONDS,
+            workers.index,
+        )
+        os._exit(75)  # EX_TEMPFAIL of sysexits.h
+
+    timer = threading.Timer(_START_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _version(name):

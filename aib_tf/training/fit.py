@@ -94,6 +94,9 @@ class _Fit:
         self.fresh = workers.from_chief(lambda: not folder.checkpoints.paths())
         workers.together(self._check)
         workers.together(self._prepare)
+        if workers.replicas > 1:
+            kind = "GPUs" if tf.config.get_visible_devices("GPU") else "CPUs"
+            self._log("Training on %d %s of %d workers.", workers.replicas, kind, workers.size)
         with contextlib.ExitStack() as lock:
             workers.from_chief(lambda: self._create(lock))
             progress = self._restore()

@@ -1,6 +1,7 @@
 """Several devices in one process: what one device computes, two compute together."""
 
 import json
+import threading
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ import aib_tf
 from aib_tf import training
 from aib_tf.models.blocks import BatchNormalization, Dropout
 from aib_tf.ops.replicas import SeedGenerator
-from aib_tf.training import distribution
+from aib_tf.training import cluster, distribution
 
 SMALL = {"width": 0.05, "latent_dim": 8, "num_anchors": 5}
 
@@ -236,3 +237,39 @@ def test_a_strategy_without_its_devices_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="Received: strategy='two'"):
         distribution.strategy("two")
     assert distribution.strategy("auto").num_replicas_in_sync == 1
+
+
+@pytest.fixture
+def two_workers(monkeypatch):
+    """A cluster whose other worker is there for nobody but this test."""
+    workers = cluster.Cluster(("localhost:2222", "localhost:2223"), 0)
+    monkeypatch.setattr(cluster, "meet", lambda workers, facts: None)
+    monkeypatch.setattr(distribution, "_made", {})
+    monkeypatch.setenv("TF_CONFIG", workers.tf_config())
+    return workers
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 4])
+def test_each_worker_trains_with_all_its_gpus(two_workers, monkeypatch, gpus):
+    made = []
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [f"GPU:{number}" for number in range(gpus)])
+    monkeypatch.setattr(
+        tf.distribute, "MultiWorkerMirroredStrategy", lambda cluster_resolver: made.append(cluster_resolver)
+    )
+    distribution.strategy("auto")
+    (resolver,) = made
+    # What TensorFlow asks its resolver for; without an answer it takes one CPU.
+    assert resolver.num_accelerators() == ({"GPU": gpus} if gpus else {})
+    assert resolver.cluster_spec().as_dict() == {"worker": list(two_workers.addresses)}
+    assert (resolver.task_type, resolver.task_id) == ("worker", 0)
+
+
+def test_a_worker_that_ends_after_the_meeting_is_not_waited_for_without_end(two_workers, monkeypatch, caplog):
+    gone = threading.Event()
+    codes = []
+    monkeypatch.setattr(distribution, "_START_SECONDS", 0.01)
+    monkeypatch.setattr(distribution.os, "_exit", lambda code: (codes.append(code), gone.set()))
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", lambda cluster_resolver: gone.wait(60))
+    distribution.strategy("multi_worker")
+    assert codes == [75]
+    assert "One of them ended after all had met" in caplog.text
