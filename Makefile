@@ -39,7 +39,7 @@ compiled_for := $(VENV) $(AIB_TF_CUDA) $(AIB_TF_CUDA_ARCHITECTURES)
 
 .DELETE_ON_ERROR:
 .PHONY: help setup train evaluate test test-backends test-bazel test-large test-loaders
-.PHONY: test-native test-versions test-wheel lint format lock benchmark clean
+.PHONY: test-native test-versions test-wheel lint format lock benchmark benchmark-scaling precision soak clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile \
@@ -187,6 +187,15 @@ benchmark: setup ## measure the input pipeline, a training step, an exported mod
 	@$(python) benchmarks/serving.py $(if $(PYTORCH),--pytorch="$(PYTORCH)")
 	@echo "Measuring the compiled op"
 	@$(python) benchmarks/nearest_anchor.py
+
+benchmark-scaling: setup ## measure training on two devices and in two processes: about seven minutes
+	@$(python) benchmarks/scaling.py
+
+soak: setup ## train for 200 epochs, and see that memory and open files stay flat: about five minutes
+	@$(python) benchmarks/soak.py
+
+precision: setup ## train the default model in half precision and with XLA: about two hours on two cores
+	@for seed in 0 1 2; do for flags in --precision=float32 --precision=mixed_bfloat16 --jit_compile=true 		"--precision=mixed_float16 --jit_compile=true"; do 		$(python) scripts/train.py --flagfile=configs/digits_aib_qt.flags $$flags --seed=$$seed 		--output_dir="$(RUN)-precision/$$(echo $$flags | tr -dc a-z0-9)-$$seed" || exit 1; done; done
 
 clean: ## remove what these commands installed or cached; trained models stay
 	@echo "Removing environments, builds and caches"

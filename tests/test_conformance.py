@@ -203,10 +203,8 @@ def test_traced_with_unknown_sizes_it_gives_the_same_results(descriptor):
 
 @pytest.fixture(scope="module")
 def two_replicas():
-    """One strategy for all tests: the collective operations of a second one in the same process meet its keys."""
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    """That of all tests in this process: the collective operations of a second one meet its keys."""
+    return aib_tf.training.distribution.strategy("mirrored")
 
 
 @on_tensorflow

@@ -26,10 +26,12 @@ PAGES = [
     "CONTRIBUTING.md",
     "custom_ops/README.md",
     "docs/addons.md",
+    "docs/distributed.md",
     "docs/method.md",
     "docs/pytorch.md",
     "docs/serving.md",
     "docs/results/README.md",
+    "docs/results/distribution.md",
     "docs/results/nearest_anchor.md",
 ]
 
@@ -62,5 +64,6 @@ def test_flags_in_the_readme_are_flags_of_the_scripts():
         "keras",
         "output",
         "server",
+        "workers",
     }
     assert set(re.findall(r"--([a-z_]+)", README)) <= known

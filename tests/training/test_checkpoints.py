@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from aib_tf import files, training
 from aib_tf.training import checkpoints as module
+from aib_tf.training import distribution
 from aib_tf.training.checkpoints import Checkpoints, Progress, assign_metrics, metric_values, size_of
 
 NEVER_SECONDS = 120  # only something that hangs waits so long
@@ -175,7 +176,7 @@ def test_without_a_checkpoint_there_is_none_to_read(model, tmp_path):
 def test_python_waits_for_a_write_before_it_exits(tmp_path):
     # Ctrl-C comes while the thread writes.
     program = """
-import sys, time
+import signal, sys, time
 import numpy as np
 from aib_tf.training.checkpoints import Checkpoints, Progress
 original = np.savez
@@ -184,6 +185,7 @@ def slow(*args, **kwargs):
     time.sleep(1)
     original(*args, **kwargs)
 np.savez = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 Checkpoints(sys.argv[1]).write({"a": np.arange(1_000_000)}, Progress(epoch=3), step=9)
 time.sleep(600)
 """
@@ -201,7 +203,7 @@ time.sleep(600)
 
 
 def test_two_replicas_get_their_state_and_their_metrics_back(tmp_path):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = distribution.strategy("mirrored")
     with strategy.scope():
         model = small_model(dtype="float32")
     generator = np.random.default_rng(0)

@@ -551,7 +551,8 @@ def test_who_looks_for_worker_0_at_another_worker_is_told(ours, addresses):
 
 # A worker in a process of its own. TensorFlow is not imported: that nothing here needs it is part of the test.
 WORKER = """
-import importlib.util, logging, sys
+import importlib.util, logging, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 logging.basicConfig(level=logging.INFO)
 specification = importlib.util.spec_from_file_location("cluster", sys.argv[1])
 cluster = importlib.util.module_from_spec(specification)

@@ -19,7 +19,7 @@ SMALL = {"width": 0.05, "latent_dim": 8, "num_anchors": 5}
 
 @pytest.fixture(scope="module")
 def mirrored():
-    """One strategy for all tests: the collective operations of a second one in the same process meet its keys."""
+    """That of all tests in this process: the collective operations of a second one meet its keys."""
     return distribution.strategy("mirrored")
 
 
