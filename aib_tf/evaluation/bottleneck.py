@@ -1,16 +1,28 @@
 """What the bottleneck lets through: rate, information about the label, use of the anchors."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from aib_tf.evaluation import intervals, suite
 from aib_tf.evaluation.accuracy import check_labels, log_softmax
+from aib_tf.evaluation.chart import Chart, Line
 from aib_tf.evaluation.intervals import RESAMPLES
-from aib_tf.evaluation.suite import Result, Suite, UnavailableError
+from aib_tf.evaluation.subject import UnavailableError
+from aib_tf.evaluation.suite import Result, Suite, Summary
+
+BINS = 40
 
 
-def bottleneck(model, dataset, samples: int = 0, resamples: int = RESAMPLES, seed: int = 0) -> Result:
+def bottleneck(
+    model,
+    dataset,
+    history: Mapping[str, Sequence[float]] | None = None,
+    samples: int = 0,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Result:
     """Both axes of the information plane, and the use of the anchors.
 
     Metrics, in bits where the name says so:
@@ -28,23 +40,31 @@ def bottleneck(model, dataset, samples: int = 0, resamples: int = RESAMPLES, see
 
     The last three are there when the model has a quantizer.
 
+    Charts: `scores`, how the attention scores spread over 40 bins of 0..1, before and after
+    quantization (scores beyond, which draws may be, count in the first and the last bin);
+    `anchors`, the share of scores that each anchor gets; `information_plane`, both bounds epoch by
+    epoch, from `history`.
+
     Args:
-        model: Has `explain(images, samples)` with "logits" (B, classes) and "kl" (B,) in nats. One
-            with `quantizer.anchors` (Q,) also gives "attention_quantized" (n, B, h, w).
+        model: A model or a `Subject` whose explanations hold "logits" (B, classes) and "kl" (B,) in
+            nats. One with `quantizer.anchors` (Q,) also gives "attention_quantized" (n, B, h, w).
         dataset: Batches, see `aib_tf.evaluation.evaluate`.
+        history: Name to one value per epoch: "rate_bits", "label_information_bits", both also with
+            "val_" before them, as `aib_tf.training.Run.read_history` returns; None for no such chart.
         samples: Draws of attention for each image; 0 takes the means.
         resamples: Draws of the bootstrap.
         seed: Seed of the bootstrap.
 
     Returns:
         A `Result`. Values per image: `label`, `rate_bits`, `cross_entropy_bits` and, with a
-        quantizer, `anchor_share` (images, Q), how its scores spread over the anchors.
+        quantizer, `anchor_share` (images, Q), how its scores spread over the anchors; with attention,
+        `scores`, and with a quantizer `quantized_scores`, (images, 40), their shares in the bins.
 
     Raises:
         UnavailableError: The model has no bottleneck.
         ValueError: The model returns NaN, or a label is no class of the model.
     """
-    return suite.run(model, dataset, [Bottleneck(model)], samples, resamples, seed)[Bottleneck.name]
+    return suite.run(model, dataset, Bottleneck, {"history": history}, samples, resamples, seed)
 
 
 class Bottleneck(Suite):
@@ -52,9 +72,10 @@ class Bottleneck(Suite):
 
     name = "bottleneck"
 
-    def __init__(self, model):
-        super().__init__(model)
-        quantizer = getattr(model, "quantizer", None)
+    def __init__(self, subject, history=None):
+        super().__init__(subject)
+        self.history = dict(history or {})
+        quantizer = getattr(subject.model, "quantizer", None)
         self.anchors = None if quantizer is None else np.asarray(quantizer.anchors).ravel()
 
     def measure(self, batch):
@@ -71,6 +92,9 @@ class Bottleneck(Suite):
         if self.anchors is not None:
             scores = batch.finite("attention_quantized", rank=4, axis=1)
             values["anchor_share"] = _anchor_shares(np.moveaxis(scores, 1, 0), self.anchors)
+            values["quantized_scores"] = _histograms(np.moveaxis(scores, 1, 0))
+        if "attention" in batch.explanation:
+            values["scores"] = _histograms(np.moveaxis(batch.finite("attention", rank=4, axis=1), 1, 0))
         return values
 
     def summarise(self, values, resamples, seed):
@@ -95,7 +119,38 @@ class Bottleneck(Suite):
                 "anchor_perplexity": lambda mean: 2 ** entropy_bits(mean["anchor"]),
             }
             details["anchors"] = anchors
-        return intervals.estimates(terms, metrics, resamples, seed), details
+        return Summary(
+            intervals.estimates(terms, metrics, resamples, seed), details, self._charts(values, resamples, seed)
+        )
+
+    def _charts(self, values, resamples, seed):
+        charts = {}
+        middles = (np.arange(BINS) + 0.5) / BINS
+        lines = {
+            title: Line(middles, values[name].mean(axis=0))
+            for title, name in (("before quantization", "scores"), ("after quantization", "quantized_scores"))
+            if name in values
+        }
+        if lines:
+            if len(lines) == 1:
+                lines = {"attention": next(iter(lines.values()))}
+            charts["scores"] = Chart("attention score", "share of scores", lines, "bar")
+        if "anchor_share" in values:
+            order = np.argsort(self.anchors, kind="stable")
+            use = [band[order] for band in intervals.bands(values["anchor_share"], resamples, seed)]
+            charts["anchors"] = Chart("anchor", "share of scores", {"use": Line(self.anchors[order], *use)}, "bar")
+        planes = {}
+        for title, start in (("training", ""), ("validation", "val_")):
+            columns = [self.history.get(f"{start}{name}") for name in ("rate_bits", "label_information_bits")]
+            if None not in columns:
+                epochs = [pair for pair in zip(*columns, strict=True) if None not in pair and np.isfinite(pair).all()]
+                if epochs:
+                    planes[title] = Line(*zip(*epochs, strict=True))
+        if planes:
+            charts["information_plane"] = Chart(
+                "rate, upper bound on I(Z;X), bits", "H(Y) - CE, lower bound on I(Z;Y), bits", planes
+            )
+        return charts
 
 
 def entropy_bits(shares: np.ndarray) -> np.ndarray:
@@ -114,3 +169,11 @@ def _anchor_shares(scores: np.ndarray, anchors: np.ndarray) -> np.ndarray:
     index = order[place] + len(anchors) * np.arange(len(flat))[:, None]
     counts = np.bincount(index.ravel(), minlength=len(flat) * len(anchors))
     return counts.reshape(len(flat), len(anchors)) / flat.shape[1]
+
+
+def _histograms(scores: np.ndarray) -> np.ndarray:
+    """The shares of the scores (B, ...) of each image in the bins of 0..1: (B, BINS), float32."""
+    flat = scores.reshape(len(scores), -1)
+    index = np.clip(np.floor(flat * BINS), 0, BINS - 1).astype(int) + BINS * np.arange(len(flat))[:, None]
+    counts = np.bincount(index.ravel(), minlength=len(flat) * BINS)
+    return (counts.reshape(len(flat), BINS) / flat.shape[1]).astype(np.float32)

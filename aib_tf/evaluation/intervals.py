@@ -82,6 +82,29 @@ def estimates(
     return result
 
 
+def bands(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Percentile bootstrap of the means of several columns, for curves.
+
+    Args:
+        values: (images, k).
+        resamples: Number of draws.
+        seed: Seed of the draws, which are those of `estimates`.
+
+    Returns:
+        Means, lower and upper ends of the 95% intervals of each column for itself, (k,) each.
+
+    Raises:
+        ValueError: There are no images, or `resamples` is below 1.
+    """
+    check_draws(resamples, seed)
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("An estimate needs at least one image. Received: images=0")
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(_resampled_means(values, resamples, seed), [tail, 100 - tail], axis=0)
+    return values.mean(axis=0), low, high
+
+
 def check_draws(resamples: int, seed: int) -> None:
     """Raises ValueError where a bootstrap could not be drawn."""
     if resamples < 1:

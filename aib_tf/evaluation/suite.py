@@ -1,37 +1,69 @@
 """What every suite has in common: one pass over the data, values per image, a result."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from aib_tf.evaluation import intervals
+from aib_tf.evaluation.chart import Chart
 from aib_tf.evaluation.intervals import RESAMPLES, Estimate
-
-
-class UnavailableError(ValueError):
-    """The model or the data cannot serve a suite; the message is the reason."""
+from aib_tf.evaluation.subject import Subject, UnavailableError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch of the data and what the model says about it.
+    """One batch of the data, and what the model says about it.
 
     Attributes:
-        first: Index of its first image in the data set.
-        images: (B, H, W, C), as the model takes them.
+        subject: What is measured.
+        first: Index of its first image among those that the suite looks at.
+        images: (B, H, W, C), float32, as the model takes them.
         labels: (B,), int64.
-        explanation: What `model.explain` returned for the images.
+        samples: Draws of attention for each image in `explanation`; 0 for the means.
         boxes: (B, 4), [ymin, xmin, ymax, xmax] as shares of the image sides, or None.
         masks: (B, H, W), bool, or None.
+        fields: Other entries of the element, such as "fixations".
     """
 
+    subject: Subject
     first: int
     images: np.ndarray
     labels: np.ndarray
-    explanation: Mapping[str, object]
+    samples: int = 0
     boxes: np.ndarray | None = None
     masks: np.ndarray | None = None
+    fields: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def explanation(self) -> Mapping[str, object]:
+        """What `explain` returns for the images."""
+        return self.subject.explain(self.images, self.samples)
+
+    @functools.cached_property
+    def _compared(self):
+        found = {}
+        if self.subject.has_maps:
+            own = self.subject.attention_in(self.explanation)
+            found["attention"] = self.subject.maps(self.images) if own is None else own
+        if self.subject.differentiable:
+            found["grad_cam"] = self.subject.grad_cam(self.images)
+        return {name: self._checked(name, maps, 3, 0) for name, maps in found.items()}
+
+    def maps(self) -> dict[str, np.ndarray]:
+        """The maps to compare, each (B, h, w) in float64 at its own resolution.
+
+        Returns:
+            "attention" where the subject has maps, "grad_cam" where gradients can be had.
+
+        Raises:
+            UnavailableError: There is neither.
+            ValueError: A map has another shape, or holds NaN or an infinity.
+        """
+        if not self._compared:
+            raise UnavailableError("the model has no attention, and no gradients for Grad-CAM")
+        return self._compared
 
     def finite(self, name: str, rank: int, axis: int = 0) -> np.ndarray:
         """The named part of the explanation in float64, checked.
@@ -44,7 +76,10 @@ class Batch:
         Raises:
             ValueError: It has another shape, or holds NaN or an infinity.
         """
-        values = np.asarray(self.explanation[name]).astype(np.float64)
+        return self._checked(name, self.explanation[name], rank, axis)
+
+    def _checked(self, name, values, rank, axis):
+        values = np.asarray(values).astype(np.float64)
         if values.ndim != rank or values.shape[axis] != len(self.labels):
             raise ValueError(
                 f"explain() must return {name!r} with {rank} axes and {len(self.labels)} images on "
@@ -75,6 +110,7 @@ class Result:
         seed: Seed of the bootstrap.
         metrics: Name to estimate. A unit, where there is one, ends the name.
         details: Name to a number or text that needs no interval.
+        charts: Name to a chart.
         per_image: Name to values of shape (images, ...), in the order of the data set.
     """
 
@@ -85,6 +121,7 @@ class Result:
     seed: int
     metrics: Mapping[str, Estimate]
     details: Mapping[str, object]
+    charts: Mapping[str, Chart]
     per_image: Mapping[str, np.ndarray]
 
     def __getitem__(self, metric: str) -> Estimate:
@@ -108,7 +145,23 @@ class Result:
             },
             "metrics": {name: value.to_dict() for name, value in self.metrics.items()},
             "details": dict(self.details),
+            "charts": {name: chart.to_dict() for name, chart in self.charts.items()},
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping, per_image: Mapping[str, np.ndarray]) -> "Result":
+        """What `to_dict` returned, possibly read back from JSON, with the values per image."""
+        return cls(
+            values["suite"],
+            values["images"],
+            values["samples"],
+            values["interval"]["resamples"],
+            values["interval"]["seed"],
+            {name: Estimate(**estimate) for name, estimate in values["metrics"].items()},
+            values["details"],
+            {name: Chart.from_dict(chart) for name, chart in values["charts"].items()},
+            per_image,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,17 +176,32 @@ class Skipped:
         return {"suite": self.suite, "skipped": self.reason}
 
 
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a suite makes of the values of all images: metrics, and beside them details and charts of a `Result`."""
+
+    metrics: Mapping[str, Estimate]
+    details: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    charts: Mapping[str, Chart] = dataclasses.field(default_factory=dict)
+
+
 class Suite:
     """One suite: values per image from each batch, then metrics from the values of all images.
 
     Only the values are kept from batch to batch, never images or maps, so that memory does not
     grow with their size.
+
+    Attributes:
+        name: Name of the suite.
+        limit: How many images are looked at, at most; they are spread evenly over the data set.
+            None for all.
     """
 
     name: str
+    limit: int | None = None
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, subject: Subject):
+        self.subject = subject
 
     def measure(self, batch: Batch) -> dict[str, np.ndarray]:
         """Name to values of shape (B, ...); the same names for every batch.
@@ -143,10 +211,8 @@ class Suite:
         """
         raise NotImplementedError
 
-    def summarise(
-        self, values: Mapping[str, np.ndarray], resamples: int, seed: int
-    ) -> tuple[dict[str, Estimate], dict[str, object]]:
-        """Metrics and details from the values of all images.
+    def summarise(self, values: Mapping[str, np.ndarray], resamples: int, seed: int) -> Summary:
+        """Metrics, details and charts from the values of all images.
 
         Raises:
             UnavailableError: No image has what the suite needs.
@@ -157,119 +223,142 @@ class Suite:
 def run(
     model,
     dataset: Iterable,
-    suites: Sequence[Suite],
+    kind: Callable[..., Suite],
+    options: Mapping[str, object] | None = None,
     samples: int = 0,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> dict[str, Result | Skipped]:
-    """Runs suites in one pass over the data.
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Result:
+    """Runs one suite in one pass over the data.
 
     Args:
-        model: Has `explain(images, samples)`.
-        dataset: Batches, see `batches`. It is read once, so anything that can be iterated will
-            do, one that shows progress as well.
-        suites: The suites, made for this model.
+        model: A model or a `Subject`.
+        dataset: Batches, see `batches`. Anything that can be iterated will do.
+        kind: The class of the suite.
+        options: Arguments of the suite beside the subject.
         samples: Draws of attention for each image; 0 takes the means.
         resamples: Draws of the bootstrap.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        Name of the suite to its result, or to the reason why it was skipped. A suite that is alone
-        is not skipped: its reason is raised.
+        seed: Seed of the bootstrap, and of what the model draws.
+        progress: Called after each batch with the number of images so far, and the number there
+            will be where the suite does not look at all of them, else None.
 
     Raises:
-        UnavailableError: There is one suite, and the model or the data cannot serve it.
-        TypeError: The model has no `explain`, or the batches have another form.
+        UnavailableError: The model or the data cannot serve the suite.
+        TypeError: The model is of another kind, or the batches have another form.
         ValueError: A number is out of range, the data set is empty or endless, or the model
             returns NaN.
     """
+    check_numbers(samples, resamples, seed)
+    subject = Subject.of(model)
+    suite = kind(subject, **(options or {}))
+    subject.reset_noise(seed)
+    parts: list[dict[str, np.ndarray]] = []
+    images = 0
+    _check_ends(dataset)
+    total = chosen = None
+    if suite.limit is not None:
+        total = _count(dataset)
+        if total is None or total > suite.limit:
+            # Where nobody knows how many there are, the first.
+            chosen = _Spread(suite.limit, suite.limit if total is None else total)
+            total = suite.limit
+    for batch in batches(subject, dataset, samples, chosen):
+        parts.append(suite.measure(batch))
+        images += len(batch.labels)
+        if progress is not None:
+            progress(images, total)
+    if images == 0:
+        raise ValueError("The data set holds no images. Received: images=0")
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    found = suite.summarise(values, resamples, seed)
+    return Result(suite.name, images, samples, resamples, seed, found.metrics, found.details, found.charts, values)
+
+
+def check_numbers(samples: int, resamples: int, seed: int) -> None:
+    """Raises ValueError where a number is out of range."""
     intervals.check_draws(resamples, seed)
     if samples < 0:
         raise ValueError(f"samples must be 0 or more. Received: samples={samples}")
-    if not callable(getattr(model, "explain", None)):
-        raise TypeError(
-            f"The model must have a method explain(images, samples). Received: model={type(model).__name__}"
-        )
-    collected: dict[str, list[dict]] = {suite.name: [] for suite in suites}
-    skipped: dict[str, Skipped] = {}
-    images = 0
-
-    def skip(suite, error):
-        if len(suites) == 1:
-            raise error
-        skipped[suite.name] = Skipped(suite.name, str(error))
-
-    for batch in batches(model, dataset, samples):
-        for suite in suites:
-            if suite.name not in skipped:
-                try:
-                    collected[suite.name].append(suite.measure(batch))
-                except UnavailableError as error:
-                    skip(suite, error)
-        images += len(batch.labels)
-        if len(skipped) == len(suites):
-            break
-    if images == 0:
-        raise ValueError("The data set holds no images. Received: images=0")
-
-    results: dict[str, Result | Skipped] = {}
-    for suite in suites:
-        if suite.name not in skipped:
-            parts = collected[suite.name]
-            values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            try:
-                metrics, details = suite.summarise(values, resamples, seed)
-            except UnavailableError as error:
-                skip(suite, error)
-            else:
-                results[suite.name] = Result(suite.name, images, samples, resamples, seed, metrics, details, values)
-        if suite.name in skipped:
-            results[suite.name] = skipped[suite.name]
-    return results
 
 
-def batches(model, dataset: Iterable, samples: int) -> Iterator[Batch]:
-    """Reads a data set and asks the model to explain each batch; empty batches are passed over.
+def batches(subject: Subject, dataset: Iterable, samples: int = 0, chosen: "_Spread | None" = None) -> Iterator[Batch]:
+    """Reads a data set; empty batches are passed over.
 
     Args:
-        model: Has `explain(images, samples)`.
+        subject: What is measured.
         dataset: Batches as dicts with "image" (B, H, W, C) and "label" (B,), and optionally "bbox"
             (B, 4) and "mask" (B, H, W, 1), or as tuples (image, label).
         samples: Draws of attention for each image.
+        chosen: Which images; None for all.
 
     Raises:
         TypeError: A batch is neither form.
         ValueError: A shape, label or box is impossible, or the data set is endless.
     """
+    _check_ends(dataset)
+    first = seen = 0
+    for element in dataset:
+        parts = _parts(element)
+        shape = tuple(parts["image"].shape)
+        if len(shape) != 4:
+            raise ValueError(f"Images must come in batches of shape (B, H, W, C). Received: shape={shape}")
+        labels = _labels(parts.pop("label"), shape[0])
+        images = np.asarray(parts.pop("image"))
+        boxes, masks = parts.pop("bbox", None), parts.pop("mask", None)
+        boxes = None if boxes is None else _boxes(boxes, shape[0])
+        masks = None if masks is None else _masks(masks, shape)
+        rows = np.arange(shape[0])
+        if chosen is not None:
+            if chosen.is_over(seen):
+                return
+            rows = rows[chosen(seen + rows)]
+        seen += shape[0]
+        if not len(rows):
+            continue
+        if len(rows) < shape[0]:
+            images, labels = images[rows], labels[rows]
+            boxes, masks = (None if value is None else value[rows] for value in (boxes, masks))
+        fields = {name: np.asarray(value)[rows] for name, value in parts.items()}
+        yield Batch(subject, first, images, labels, samples, boxes, masks, fields)
+        first += len(rows)
+
+
+class _Spread:
+    """Which images of `total` make `count` that are spread evenly: the k-th is floor(k * total / count)."""
+
+    def __init__(self, count, total):
+        self.count, self.total = count, total
+
+    def __call__(self, indices):
+        """Whether each index is chosen."""
+        # The first k whose image is not before the index: it is the index itself, or none is.
+        k = -(-indices * self.count // self.total)
+        return (k < self.count) & (k * self.total // self.count == indices)
+
+    def is_over(self, index):
+        """Whether no image from the index on is chosen."""
+        return index > (self.count - 1) * self.total // self.count
+
+
+def _check_ends(dataset):
     cardinality = getattr(dataset, "cardinality", None)
     if callable(cardinality) and int(cardinality()) == -1:  # tf.data.INFINITE_CARDINALITY
         raise ValueError("The data set must end: leave out repeat(). Received: cardinality=-1")
-    first = 0
-    for element in dataset:
-        images, labels, boxes, masks = _parts(element)
-        shape = tuple(images.shape)
-        if len(shape) != 4:
-            raise ValueError(f"Images must come in batches of shape (B, H, W, C). Received: shape={shape}")
-        labels = _labels(labels, shape[0])
-        if shape[0] == 0:
-            continue
-        explanation = model.explain(images, samples=samples)
-        yield Batch(
-            first,
-            np.asarray(images),
-            labels,
-            explanation,
-            None if boxes is None else _boxes(boxes, shape[0]),
-            None if masks is None else _masks(masks, shape),
-        )
-        first += shape[0]
 
 
-def _parts(element):
+def _count(dataset) -> int | None:
+    """How many images a data set holds, by reading it; None for what can be read only once."""
+    if iter(dataset) is dataset:
+        return None
+    return sum(len(_parts(element)["label"]) for element in dataset)
+
+
+def _parts(element) -> dict:
     if isinstance(element, Mapping) and {"image", "label"} <= element.keys():
-        return element["image"], element["label"], element.get("bbox"), element.get("mask")
+        return dict(element)
     if isinstance(element, tuple | list) and len(element) == 2:
-        return element[0], element[1], None, None
+        return {"image": element[0], "label": element[1]}
     keys = sorted(element) if isinstance(element, Mapping) else None
     raise TypeError(
         "A batch must be a dict with 'image' and 'label' or a tuple (image, label). "
