@@ -12,11 +12,12 @@ from aib_tf.evaluation.bottleneck import bottleneck
 from aib_tf.evaluation.chart import Chart, Line
 from aib_tf.evaluation.intervals import Estimate
 from aib_tf.evaluation.localisation import localisation
-from aib_tf.evaluation.registry import SUITES, evaluate
+from aib_tf.evaluation.registry import QUICK, SUITES, evaluate
 from aib_tf.evaluation.subject import Subject, UnavailableError
 from aib_tf.evaluation.suite import Result, Skipped
 
 __all__ = [
+    "QUICK",
     "SUITES",
     "Chart",
     "Estimate",

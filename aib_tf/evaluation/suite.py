@@ -47,8 +47,12 @@ class Batch:
         if self.subject.has_maps:
             own = self.subject.attention_in(self.explanation)
             found["attention"] = self.subject.maps(self.images) if own is None else own
-        if self.subject.differentiable:
+        try:
             found["grad_cam"] = self.subject.grad_cam(self.images)
+        except UnavailableError:
+            # Without a baseline, maps can still be measured; with nothing at all, they cannot.
+            if not found:
+                raise
         return {name: self._checked(name, maps, 3, 0) for name, maps in found.items()}
 
     def maps(self) -> dict[str, np.ndarray]:
@@ -61,8 +65,6 @@ class Batch:
             UnavailableError: There is neither.
             ValueError: A map has another shape, or holds NaN or an infinity.
         """
-        if not self._compared:
-            raise UnavailableError("the model has no attention, and no gradients for Grad-CAM")
         return self._compared
 
     def finite(self, name: str, rank: int, axis: int = 0) -> np.ndarray:

@@ -13,24 +13,54 @@ def measuring_batch(info, replicas=1):
     return replicas * max(1, min(250, _MEASURED_PIXELS // (height * width)))
 
 
-def measure(model, config, split="test", samples=None, suites=None):
-    """Runs the evaluation suites on a split of the data set of a run.
+def measure(model, config, split="test", samples=None, suites=None, baseline=None, **arguments):
+    """Runs evaluation suites on a split of the data set of a run.
 
     Args:
         model: the trained model.
         config: the `Config` of the run.
         split: "train", "validation" or "test".
         samples: attention maps and latents drawn for each image; None takes the config's.
-        suites: names of suites, None for all that there are.
+        suites: names of suites; None for those that take seconds: accuracy, with `samples` alone, bottleneck and
+            localisation.
+        baseline: classifier whose Grad-CAM stands beside the attention; None for the model itself.
+        **arguments: `resamples`, `seed`, `options`, `folder`, `progress` of `aib_tf.evaluation.evaluate`.
 
     Returns:
         What `aib_tf.evaluation.evaluate` returns.
     """
-    fields = _fields(config, "image", "label", "bbox", "mask")
+    if suites is None:
+        suites = evaluation.QUICK
+        arguments.setdefault("options", {"accuracy": {"draws": ()}})
+    return evaluation.evaluate(
+        subject(model, config, baseline),
+        measured_images(config, split),
+        suites=suites,
+        samples=config.resolved().samples if samples is None else samples,
+        **arguments,
+    )
+
+
+def subject(model, config, baseline=None):
+    """The model of a run as the evaluation takes it, with the scale of its pixels.
+
+    Args:
+        model: the trained model.
+        config: the `Config` of the run.
+        baseline: classifier whose Grad-CAM stands beside the attention; None for the model itself.
+
+    Returns:
+        An `aib_tf.evaluation.Subject`.
+    """
+    info = data.get(config.data.name)
+    return evaluation.Subject(model, mean=info.mean, stddev=info.stddev, baseline=baseline)
+
+
+def measured_images(config, split="test"):
+    """The images of a split as the evaluation takes them: dicts of all that the data set knows of them."""
     batch = measuring_batch(data.get(config.data.name))
-    images = data.load(config.data.name, split, batch, config.data.data_dir, fields=fields)
-    samples = config.resolved().samples if samples is None else samples
-    return evaluation.evaluate(model, images, suites=suites, samples=samples)
+    fields = _fields(config, "image", "label", "bbox", "mask")
+    return data.load(config.data.name, split, batch, config.data.data_dir, fields=fields)
 
 
 def draw_attention(model, config, path, split="test", count=16):

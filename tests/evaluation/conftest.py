@@ -1,9 +1,13 @@
 """A stand-in for a model: its explanation is written down, image by image."""
 
+import functools
 import types
 
+import keras
 import numpy as np
 import pytest
+
+from aib_tf import layers, models
 
 
 class FakeModel:
@@ -22,6 +26,32 @@ class FakeModel:
             name: np.moveaxis(table[rows], 0, 1) if name == "attention_quantized" else table[rows]
             for name, table in self.tables.items()
         }
+
+
+def make_tiny_model(seed=0, channels=1, classes=3):
+    """An AIB-qt classifier of images (8, 8, channels) that traces within a second: maps are (8, 8)."""
+
+    def network(shape, *parts):
+        return keras.Sequential([keras.Input(shape), *parts])
+
+    dense = functools.partial(keras.layers.Dense, kernel_initializer=keras.initializers.GlorotUniform(seed))
+    convolution = keras.layers.Conv2D(
+        4, 3, padding="same", activation="relu", kernel_initializer=keras.initializers.HeNormal(seed)
+    )
+    return models.AIBClassifier(
+        network((8, 8, channels), convolution),
+        network((8, 8, 4), keras.layers.Flatten(), dense(12)),
+        network((6,), dense(classes)),
+        layers.VariationalSpatialAttention(seed=seed + 1),
+        layers.AnchorQuantizer(5),
+        layers.GaussianBottleneck(6, seed=seed + 2, kernel_initializer=keras.initializers.GlorotUniform(seed)),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """One that no test changes."""
+    return make_tiny_model()
 
 
 @pytest.fixture
