@@ -8,7 +8,7 @@ import dataclasses
 import secrets
 
 from aib_tf.layers.pay_attention import COMPATIBILITIES, NORMALIZATIONS
-from aib_tf.losses import check_kl_form
+from aib_tf.losses import ATTENTION_LOSSES, check_attention_loss, check_kl_form
 from aib_tf.models.overrides import INITIALIZERS
 from aib_tf.models.pay_attention import COMBINATIONS, POSITIONS
 from aib_tf.models.registry import look_up
@@ -106,7 +106,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """The loss: CE + beta * KL + codebook + commitment, all in bits."""
+    """The loss: CE + beta * KL + codebook + commitment, all in bits, and what attention is trained towards, if any."""
 
     objective: str = _setting(
         "paper",
@@ -119,11 +119,18 @@ class ObjectiveConfig:
     kl_weight: float | None = _setting(None, "A second factor of the rate.")
     codebook_weight: float = _setting(0.4, "Weight of the codebook loss.")
     commitment_weight: float = _setting(0.1, "Weight of the commitment loss.")
+    attention_supervision: str = _setting(
+        "none",
+        "Loss that trains attention towards the masks of the objects, or else their boxes, one of none, "
+        f"{', '.join(ATTENTION_LOSSES)}.",
+    )
+    attention_supervision_weight: float = _setting(1.0, "Weight of that loss; 0 measures it alone.")
 
     def __post_init__(self):
         check_choice("objective", self.objective, OBJECTIVES)
-        for name in ("beta", "codebook_weight", "commitment_weight"):
+        for name in ("beta", "codebook_weight", "commitment_weight", "attention_supervision_weight"):
             check_weight(name, getattr(self, name))
+        check_attention_loss("attention_supervision", self.attention_supervision, ("none",))
         if self.beta_warmup_epochs is not None:
             check_weight("beta_warmup_epochs", self.beta_warmup_epochs)
         if self.kl is not None:

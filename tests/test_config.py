@@ -82,6 +82,8 @@ def test_differences_name_flags_and_values_and_leave_out_where_the_data_lies():
         ({"beta": -0.1}, "beta=-0.1"),
         ({"kl": "exact"}, "closed_form, reference. Received: kl='exact'"),
         ({"objective": "formula"}, "paper, reference. Received: objective='formula'"),
+        ({"attention_supervision": "mse"}, "none, kl, cc, cosine. Received: attention_supervision='mse'"),
+        ({"attention_supervision_weight": -1.0}, "attention_supervision_weight=-1.0"),
         ({"dropout": 1.0}, "from 0 to below 1. Received: dropout=1.0"),
         ({"ema_momentum": 1.0}, "ema_momentum=1.0"),
         ({"adam_beta_1": -0.5}, "adam_beta_1=-0.5"),

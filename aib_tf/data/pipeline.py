@@ -135,7 +135,7 @@ def load(
             label, (B,) int64;
             bbox, (B, 4) float32 in [0, 1], top, left, bottom, right in shares of the delivered
                 image: what is seen of the object there, without area where that is nothing;
-            mask, (B, H, W, 1) uint8, 1 on the object;
+            mask, (B, H, W, 1) uint8, 1 on the object; augmentation moves it with the image;
             id, (B,), int64 or string, where the example comes from.
         normalize: whether images are float32 of mean 0 and standard deviation 1 over the training
             images, or uint8.
@@ -195,6 +195,7 @@ def training_batches(
     seed: int,
     augment: bool = True,
     data_dir: str | os.PathLike | None = None,
+    fields: Sequence[str] = _DEFAULT_FIELDS,
     drop_remainder: bool = False,
     shards: Shards = _ALONE,
     memory_limit: int = MEMORY_LIMIT,
@@ -215,26 +216,29 @@ def training_batches(
         seed: integer in [0, 2**63).
         augment: as in `load`.
         data_dir: as in `load`.
+        fields: as in `load`.
         drop_remainder: as in `load`.
         shards: as in `load`.
         memory_limit: as in `load`.
 
     Returns:
         A data set of known or infinite length of tuples: images, float32 (B, H, W, C), normalised, and labels,
-        int64 (B,). The last batch of each epoch is smaller where the split does not divide evenly.
+        int64 (B,); of dicts for any other fields. The last batch of each epoch is smaller where the split does not
+        divide evenly.
 
     Raises:
         ValueError: for an unknown data set or split, or an impossible value.
         DatasetUnavailableError: if the data is not there and cannot be fetched.
     """
     info = datasets.get(name)
+    fields = _check_fields(info, fields, augment)
     check_count("batch_size", batch_size)
     shards.check_batch_size(batch_size)
     if epochs is not None:
         check_count("epochs", epochs, minimum=0)
     check_count("first_epoch", first_epoch, minimum=0, maximum=epochs)
     _check_seed(seed)
-    source = _source(info, split, _DEFAULT_FIELDS, augment, data_dir, memory_limit)
+    source = _source(info, split, fields, augment, data_dir, memory_limit)
     batches = _Batches(source.examples, batch_size, drop_remainder, shards)
     check_count("skip_batches", skip_batches, minimum=0, maximum=batches.count)
     length = tf.data.INFINITE_CARDINALITY
@@ -249,7 +253,7 @@ def training_batches(
     return _pipeline(
         source,
         info,
-        _DEFAULT_FIELDS,
+        fields,
         tf.data.Dataset.range(first_epoch, tf.int64.max if epochs is None else epochs).map(with_skip),
         batches,
         length,
@@ -379,8 +383,9 @@ def _pipeline(
         if augment:
             window = {"padding": info.crop_padding, "flip": info.horizontal_flip, "size": info.image_shape[:2]}
             window["part"] = batches.part(share)
-            if "image" in fields:
-                batch["image"] = geometry.random_crop_and_flip(batch["image"], batch_seed, **window)
+            for field in ("image", "mask"):
+                if field in fields:
+                    batch[field] = geometry.random_crop_and_flip(batch[field], batch_seed, **window)
             if "bbox" in fields:
                 image_size = geometry.prepared_shape(info, augment)[:2]
                 batch["bbox"] = geometry.random_crop_and_flip_boxes(
@@ -680,10 +685,9 @@ def _check_fields(info, fields, augment) -> tuple[str, ...]:
     known = ", ".join(info.fields)
     if not names or not set(names) <= set(info.fields) or len(set(names)) < len(names):
         raise ValueError(f"The fields of {info.name} are {known}; each at most once. Received: fields={fields!r}")
-    if augment and "mask" in names:
+    if info.resize is not None and "mask" in names:
         raise ValueError(
-            "Augmentation moves the image away from its mask: leave it out, or use "
-            f"augment=False. Received: augment={augment!r}, fields={fields!r}"
+            f"Images of {info.name} are resized, and masks are not: leave them out. Received: fields={fields!r}"
         )
     return names
 

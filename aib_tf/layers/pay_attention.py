@@ -36,9 +36,11 @@ class PayAttention(keras.layers.Layer):
     Call arguments:
         local: (B, H, W, C) float tensor of local features.
         query: (B, D) float tensor, g in the paper.
+        return_attention: whether to return the attention, too, for a loss of it.
 
     Returns:
-        (B, D) tensor in the layer's compute dtype, g_a in the paper.
+        (B, D) tensor in the layer's compute dtype, g_a in the paper; with `return_attention` a pair of it and the
+        attention (B, H, W), float32 (float64 under a float64 policy).
 
     Raises:
         ValueError: for an unknown `attention` or `normalize`, or for inputs that are not maps and vectors.
@@ -95,10 +97,11 @@ class PayAttention(keras.layers.Layer):
             self.scores = self._pointwise(1, self.kernel_initializer, "scores")
             self.scores.build((None, None, None, size))
 
-    def call(self, local, query):
-        """Returns the (B, D) pooled features."""
-        pooled, _, _ = self.attend(local, query)
-        return ops.cast(pooled, self.compute_dtype)
+    def call(self, local, query, return_attention=False):
+        """Returns the (B, D) pooled features, or a pair of them and the attention."""
+        pooled, _, attention = self.attend(local, query)
+        pooled = ops.cast(pooled, self.compute_dtype)
+        return (pooled, attention) if return_attention else pooled
 
     def attend(self, local, query):
         """Pools, and returns by which scores and which attention.
@@ -131,6 +134,12 @@ class PayAttention(keras.layers.Layer):
     def compute_output_shape(self, local_shape, query_shape):
         """Returns (B, D)."""
         return (local_shape[0], query_shape[-1])
+
+    def compute_output_spec(self, local, query, return_attention=False):
+        """Returns shapes and dtypes of what `call` returns."""
+        pooled = keras.KerasTensor(self.compute_output_shape(local.shape, query.shape), dtype=self.compute_dtype)
+        attention = keras.KerasTensor(local.shape[:-1], dtype=statistics_dtype(self))
+        return (pooled, attention) if return_attention else pooled
 
     def get_config(self):
         """Returns the constructor's arguments."""

@@ -40,9 +40,11 @@ class VariationalSpatialAttention(keras.layers.Layer):
         features: (B, H, W, C) float tensor.
         training: bool; the default of `sample`, and what `head` sees.
         sample: True draws a map, False returns the mean, None draws in training only.
+        return_mean: whether to return the mean map, too, for a loss of it.
 
     Returns:
-        (B, H, W, 1) attention map in the layer's compute dtype.
+        (B, H, W, 1) attention map in the layer's compute dtype; with `return_mean` a pair of it and the mean map
+        (B, H, W, 1), float32 (float64 under a float64 policy).
 
     Raises:
         ValueError: if the features are not a batch of maps, or `head` does not keep their size and give one channel.
@@ -95,13 +97,13 @@ class VariationalSpatialAttention(keras.layers.Layer):
             )
         self._stddev_scores.build(expected)
 
-    def call(self, features, training=None, sample=None):
-        """Returns the (B, H, W, 1) attention map."""
+    def call(self, features, training=None, sample=None, return_mean=False):
+        """Returns the (B, H, W, 1) attention map, or a pair of it and the mean map."""
         mean, stddev = self.distribution(features)
         if sample is None:
             sample = training
-        attention = self.sample(mean, stddev) if sample else mean
-        return ops.cast(attention, self.compute_dtype)
+        attention = ops.cast(self.sample(mean, stddev) if sample else mean, self.compute_dtype)
+        return (attention, mean) if return_mean else attention
 
     def distribution(self, features):
         """Computes the Gaussian over maps.
@@ -132,6 +134,12 @@ class VariationalSpatialAttention(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         """Returns (B, H, W, 1)."""
         return (*input_shape[:-1], 1)
+
+    def compute_output_spec(self, features, training=None, sample=None, return_mean=False):
+        """Returns shapes and dtypes of what `call` returns."""
+        shape = self.compute_output_shape(features.shape)
+        attention = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        return (attention, keras.KerasTensor(shape, dtype=statistics_dtype(self))) if return_mean else attention
 
     def get_config(self):
         """Returns the constructor's arguments."""

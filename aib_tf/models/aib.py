@@ -5,14 +5,14 @@ from keras import ops
 
 from aib_tf.layers import AnchorQuantizer, GaussianBottleneck, VariationalSpatialAttention
 from aib_tf.losses import kl_divergence
-from aib_tf.ops.replicas import is_own
+from aib_tf.models.supervision import SupervisedAttention
 from aib_tf.validation import check_count
 
 _PARTS = ("features", "encoder", "decoder", "attention", "quantizer", "bottleneck")
 
 
 @keras.saving.register_keras_serializable(package="aib_tf")
-class AIBClassifier(keras.Model):
+class AIBClassifier(SupervisedAttention, keras.Model):
     """Classifies images through spatial attention and an information bottleneck.
 
         F  = features(images)                    (B, h, w, C)
@@ -36,7 +36,8 @@ class AIBClassifier(keras.Model):
         **kwargs: `name`, `dtype` as for every Keras model.
 
     Call arguments:
-        images: (B, H, W, channels) float tensor, normalised as in training.
+        images: (B, H, W, channels) float tensor, normalised as in training; after `supervise_attention` also a pair of
+            images and maps.
         training: bool.
 
     Returns:
@@ -84,9 +85,14 @@ class AIBClassifier(keras.Model):
 
     def call(self, images, training=None):
         """Returns the (B, classes) logits."""
+        images, maps = self._images_and_maps(images, training)
         features = self.features(images, training=training)
         if self.attention is not None:
-            attention = self.attention(features, training=training)
+            if maps is None:
+                attention = self.attention(features, training=training)
+            else:
+                attention, mean = self.attention(features, training=training, return_mean=True)
+                self._add_attention_loss(mean, maps)
             if self.quantizer is not None:
                 attention = self.quantizer(attention)
             features = _modulate(features, attention)
@@ -104,11 +110,6 @@ class AIBClassifier(keras.Model):
     def attention_names(self):
         """The entries of `explain` that are attention maps (B, h, w): attention_mean, or none."""
         return () if self.attention is None else ("attention_mean",)
-
-    @property
-    def losses(self):
-        """What layers add to the loss, of this replica alone; a list of scalars."""
-        return [loss for loss in super().losses if is_own(loss)]
 
     def explain(self, images, samples=0):
         """Classifies, and returns what the decision went through.

@@ -7,6 +7,7 @@ from keras import ops
 
 from aib_tf.layers.gaussian import loss_dtype
 from aib_tf.layers.pay_attention import PayAttention
+from aib_tf.models.supervision import SupervisedAttention
 from aib_tf.validation import check_choice
 
 COMBINATIONS = ("concat", "independent")
@@ -18,7 +19,7 @@ _ATTENDED = (3, 4, 5)
 
 
 @keras.saving.register_keras_serializable(package="aib_tf")
-class PayAttentionClassifier(keras.Model):
+class PayAttentionClassifier(SupervisedAttention, keras.Model):
     """Classifies images from what attention pools out of their local features, at one depth or several.
 
         L_1, ..., L_S, g = features(images)        (B, h_s, w_s, C_s) each, and (B, D)
@@ -41,7 +42,8 @@ class PayAttentionClassifier(keras.Model):
         **kwargs: `name`, `dtype` as for every Keras model.
 
     Call arguments:
-        images: (B, H, W, channels) float tensor, normalised as in training.
+        images: (B, H, W, channels) float tensor, normalised as in training; after `supervise_attention` also a pair of
+            images and maps.
         training: bool.
 
     Returns:
@@ -109,8 +111,16 @@ class PayAttentionClassifier(keras.Model):
 
     def call(self, images, training=None):
         """Returns the (B, classes) logits."""
+        images, maps = self._images_and_maps(images, training)
         *local, query = self.features(images, training=training)
-        return self._classify([attention(maps, query) for attention, maps in zip(self.attentions, local, strict=True)])
+        pooled = [layer(features, query) for layer, features in zip(self.attentions[:-1], local[:-1], strict=True)]
+        if maps is None:
+            pooled.append(self.attentions[-1](local[-1], query))
+        else:
+            deepest, attention = self.attentions[-1](local[-1], query, return_attention=True)
+            pooled.append(deepest)
+            self._add_attention_loss(attention, maps)
+        return self._classify(pooled)
 
     def explain(self, images, samples=0):
         """Classifies, and returns what the decision went through.

@@ -31,6 +31,7 @@ from aib_tf.training.cluster import ClusterError
 from aib_tf.training.optimizers import learning_rate_schedule, make_optimizer
 from aib_tf.training.results import draw_attention, measure, measuring_batch
 from aib_tf.training.run import Run
+from aib_tf.training.supervision import maps_field, with_maps
 from aib_tf.training.tensorboard import TensorBoardLogs
 
 _MONITOR = "val_accuracy"
@@ -53,8 +54,8 @@ def fit(config, output_dir, verbose=1):
         The history: dict name -> list with a number for each epoch, "val_" before those of the selection split.
 
     Raises:
-        ValueError: for an unknown model or data set, weights that do not fit, or a batch that the devices cannot share,
-            before anything is written.
+        ValueError: for an unknown model or data set, weights that do not fit, a batch that the devices cannot share, or
+            attention to be trained towards maps that are not there, before anything is written.
         RunMismatchError: if the folder holds a run with another config.
         ClusterError: if devices or workers are not there, or are not alike, or one of them cannot start.
         DatasetUnavailableError: if the images are not there and cannot be fetched.
@@ -81,6 +82,7 @@ class _Fit:
         self.verbose = verbose if workers.is_chief else 0
         self.model = None
         self.batches = None
+        self.maps = None  # the field with the maps that attention is trained towards, if any
         self.fresh = None  # whether there is no checkpoint, so that training starts with the weights of a recipe
 
     def run(self):
@@ -138,6 +140,8 @@ class _Fit:
     def _check(self):
         """Looks for what may be wrong with one worker alone, before they build the model together."""
         config = self.config
+        if config.objective.attention_supervision != "none":
+            self.maps = maps_field(self.info, config.data.augment)
         self.batches = data.batches_per_epoch(
             config.data.name,
             _training_split(config),
@@ -176,6 +180,10 @@ class _Fit:
                     f"The attention of {self.model.name} is deterministic: use samples=0. "
                     f"Received: samples={config.samples}"
                 )
+            if self.maps is not None:
+                self.model.supervise_attention(
+                    config.objective.attention_supervision, config.objective.attention_supervision_weight
+                )
             _compile(self.model, config, self.info, self.batches, self.workers.replicas)
             if self.fresh:
                 _load_weights(self.model, config)
@@ -211,6 +219,7 @@ class _Fit:
         epochs = optimization.epochs
         # On more devices than before, a small last batch may have joined the one before it.
         progress.batch = min(progress.batch, batches - 1)
+        fields = ("image", "label") if self.maps is None else ("image", "label", self.maps)
         stream = data.training_batches(
             source.name,
             _training_split(config),
@@ -221,10 +230,15 @@ class _Fit:
             seed=config.seed,
             augment=source.augment,
             data_dir=source.data_dir,
+            fields=fields,
             shards=workers.shards,
         )
         size = measuring_batch(self.info, workers.replicas)
-        selection = data.load(source.name, config.select_on, size, source.data_dir, shards=workers.shards)
+        selection = data.load(
+            source.name, config.select_on, size, source.data_dir, fields=fields, shards=workers.shards
+        )
+        if self.maps is not None:
+            stream, selection = with_maps(stream, self.maps), with_maps(selection, self.maps)
         stop = StopRequest()
         calls = batches // execution.steps_per_execution
         profiler = Profiler(self.folder.tensorboard_folder, first_step=min(10, calls // 2))

@@ -227,7 +227,6 @@ def test_counts_agree_with_the_data(data_dir):
         ({"seed": -1}, "Received: seed=-1"),
         ({"fields": ("image", "depth")}, "image, label, bbox, mask, id.*Received: fields="),
         ({"fields": ()}, "Received: fields="),
-        ({"fields": ("image", "mask"), "augment": True}, "Received: augment=True"),
         ({"memory_limit": -1}, "Received: memory_limit=-1"),
     ],
 )
