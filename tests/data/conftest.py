@@ -18,9 +18,9 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def small_image(number):
-    """An image of a stand-in for cifar100 and svhn_cropped: 32x32, no two alike, nor like their mirror images."""
-    return np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+def small_image(number, size=32):
+    """An image of a stand-in for cifar100, svhn_cropped and stl10: no two alike, nor like their mirror images."""
+    return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
 def bird(number):
@@ -58,6 +58,7 @@ def published_dir(tmp_path_factory):
     examples = {
         "cifar100": lambda number: {**_small_example(number), "coarse_label": number % 20},
         "svhn_cropped": _small_example,
+        "stl10": lambda number: {"image": small_image(number, 96), "label": number % 10},
         "caltech_birds2011": _bird_example,
     }
     for name, example in examples.items():

@@ -11,7 +11,7 @@ from tests.data.conftest import TEST, TRAIN, bird, small_image
 from tests.data.test_geometry import rectangle_of
 from tests.data.windows import windows_of
 
-NAMES = ("caltech_birds2011", "cifar100", "svhn_cropped")
+NAMES = ("caltech_birds2011", "cifar100", "stl10", "svhn_cropped")
 
 # In memory, and read from disk in every epoch.
 both_sources = pytest.mark.parametrize("memory_limit", [data.MEMORY_LIMIT, 0])
@@ -77,6 +77,19 @@ def test_small_images_are_delivered_as_stored_and_augmented_by_windows_of_them(n
         for image, crop in zip(stored["image"], augmented["image"], strict=True)
     ]
     assert any(mirrored) == (name == "cifar100")  # A digit never is.
+
+
+def test_images_of_stl10_are_delivered_as_stored_and_share_classes_with_cifar10(published_dir):
+    stored = batches_of("stl10", "test", published_dir)
+    by_label = dict(zip(stored["label"].tolist(), stored["image"], strict=True))
+    assert sorted(by_label) == [number % 10 for number in range(TRAIN, TRAIN + TEST)]
+    for number in range(TRAIN, TRAIN + TEST):
+        np.testing.assert_array_equal(by_label[number % 10], small_image(number, 96))
+    # In the order of the file class_names.txt of the set: alphabetic, with a car for the automobile.
+    cifar10 = {"car" if name == "automobile" else name for name in data.get("cifar10").class_names}
+    names = data.get("stl10").class_names
+    assert list(names) == sorted(names)
+    assert set(names) ^ cifar10 == {"frog", "monkey"}
 
 
 def number_of(label):
