@@ -1,13 +1,15 @@
 """Grad-CAM: where a class gets its evidence from, for any convolutional Keras model."""
 
-import contextlib
 import difflib
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from aib_tf.evaluation.networks import logits_of, observed
 from aib_tf.evaluation.subject import UnavailableError
+from aib_tf.models.aib import AIBClassifier
+from aib_tf.models.pay_attention import PayAttentionClassifier
 
 
 class GradCAM:
@@ -94,27 +96,33 @@ class GradCAM:
                 f"Classes must be one integer, or integers of shape ({images},), one for each image. "
                 f"Received: shape={classes.shape}, dtype={classes.dtype}"
             )
-        bad = (
-            classes[(classes < 0) | (classes >= known)] if classes.shape else classes[None][[not 0 <= classes < known]]
-        )
+        bad = np.extract((classes < 0) | (classes >= known), classes)
         if bad.size:
             raise ValueError(f"Classes must lie in 0..{known - 1}, those of the model. Received: class={bad[0]}")
         return np.broadcast_to(classes, images)
 
     def _maps(self, images, classes):
         """Maps, and the logits that they explain; class -1 stands for the predicted one."""
-        # A gradient needs only what comes after the layer.
-        with tf.GradientTape(watch_accessed_variables=False) as tape, _watched(self._layer, tape) as outputs:
-            logits = tf.cast(_logits(self.model, images), tf.float32)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+
+            def watch(output):
+                if tf.is_tensor(output):
+                    # A gradient needs only what comes after the layer.
+                    output = tf.identity(output)
+                    tape.watch(output)
+                return output
+
+            with observed(self._layer, watch) as calls:
+                logits = tf.cast(logits_of(self.model, images), tf.float32)
             if self._probabilities:
                 # The smallest normal number keeps the logarithm finite.
                 logits = tf.math.log(tf.maximum(logits, np.finfo(np.float32).tiny))
             chosen = tf.where(classes < 0, tf.argmax(logits, axis=-1, output_type=tf.int32), classes)
             # The logit of an image depends on no other image: the gradient of the sum holds that of each.
             evidence = tf.reduce_sum(tf.gather(logits, chosen, axis=1, batch_dims=1))
-        if not outputs:
+        if not calls:
             raise ValueError(f"The model does not call this layer. Received: layer={self.layer!r}")
-        features = outputs[-1]
+        features = calls[-1].output
         if not tf.is_tensor(features) or features.shape.rank != 4:
             shape = tuple(features.shape) if tf.is_tensor(features) else type(features).__name__
             raise ValueError(
@@ -126,47 +134,7 @@ class GradCAM:
         return tf.nn.relu(tf.einsum("bhwk,bk->bhw", tf.cast(features, tf.float32), weights)), logits
 
 
-def _logits(model, images):
-    # `explain` is the computation of inference; a call would add losses, and count anchors in the metrics of training.
-    if callable(getattr(model, "explain", None)):
-        return model.explain(images)["logits"]
-    return model(images, training=False)
-
-
-@contextlib.contextmanager
-def _watched(layer, tape):
-    """Lets the tape watch what the layer returns, and collects that in a list.
-
-    The layer's own `call` is covered by one that does so, for as long as the model is traced. This reaches every
-    layer, in nested models and in models that are no graph of layers, without a copy of the model.
-    """
-    outputs = []
-    call = layer.call
-
-    def watched_call(*arguments, **keywords):
-        output = call(*arguments, **keywords)
-        if tf.is_tensor(output):
-            output = tf.identity(output)
-            tape.watch(output)
-        outputs.append(output)
-        return output
-
-    before = vars(layer).get("call")
-    # Around Keras, which keeps track of what is assigned to a layer.
-    object.__setattr__(layer, "call", watched_call)
-    try:
-        yield outputs
-    finally:
-        object.__delattr__(layer, "call")
-        if before is not None:
-            object.__setattr__(layer, "call", before)
-
-
 def _default_layer(model):
-    # On first use: models are no part of what most suites need.
-    from aib_tf.models.aib import AIBClassifier
-    from aib_tf.models.pay_attention import PayAttentionClassifier
-
     if isinstance(model, AIBClassifier):
         return model.features
     if isinstance(model, PayAttentionClassifier):

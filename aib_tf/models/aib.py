@@ -199,7 +199,10 @@ def _modulate(features, attention):
 
 def _repeat(x, times):
     """Repeats a batch, (B, ...) -> (times * B, ...)."""
-    return x if times == 1 else ops.tile(x, (times, *(1 for _ in x.shape[1:])))
+    if times == 1:
+        return x
+    # Tiling a batch of unknown size loses the sizes that are known, which a Flatten behind it needs.
+    return ops.reshape(ops.tile(x, (times, *(1 for _ in x.shape[1:]))), (-1, *x.shape[1:]))
 
 
 def _fold(x):

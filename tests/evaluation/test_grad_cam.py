@@ -115,8 +115,8 @@ def test_the_map_of_an_image_does_not_depend_on_the_others_of_its_batch(convolut
 
 def test_one_trace_serves_all_batch_sizes_and_weights_are_read_at_each_call(convolutional, monkeypatch):
     traced = []
-    inner = grad_cam._logits
-    monkeypatch.setattr(grad_cam, "_logits", lambda *arguments: traced.append(1) or inner(*arguments))
+    inner = grad_cam.logits_of
+    monkeypatch.setattr(grad_cam, "logits_of", lambda *arguments: traced.append(1) or inner(*arguments))
     model = keras.models.clone_model(convolutional)
     cam = GradCAM(model)
     before = [cam(images_of(count)).numpy() for count in (4, 3, 1)]
