@@ -5,6 +5,7 @@ Importing this package registers the builder of `cluttered_digits`, so that `tfd
 
 from aib_tf.data import cluttered_digits as _registered  # noqa: F401
 from aib_tf.data.datasets import DATASETS, DatasetInfo, get
+from aib_tf.data.gaze import load_gaze
 from aib_tf.data.geometry import random_crop_and_flip
 from aib_tf.data.pipeline import (
     MEMORY_LIMIT,
@@ -31,6 +32,7 @@ __all__ = [
     "get",
     "label_counts",
     "load",
+    "load_gaze",
     "normalize_images",
     "num_examples",
     "random_crop_and_flip",
