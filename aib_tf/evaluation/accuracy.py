@@ -9,6 +9,7 @@ import numpy as np
 from aib_tf.evaluation import intervals, suite
 from aib_tf.evaluation.chart import Chart, Line
 from aib_tf.evaluation.intervals import RESAMPLES
+from aib_tf.evaluation.subject import UnavailableError
 from aib_tf.evaluation.suite import Result, Suite, Summary
 from aib_tf.validation import check_count
 
@@ -144,7 +145,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def check_labels(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """The labels, when each is a class of the logits; a ValueError otherwise."""
+    """The labels, when each is a class of the logits.
+
+    Raises:
+        UnavailableError: All labels are -1, which stands for none.
+        ValueError: A label is no class of the model.
+    """
+    if len(labels) and (labels == -1).all():
+        raise UnavailableError("the data has no labels")
     classes = logits.shape[1]
     bad = labels[(labels < 0) | (labels >= classes)]
     if bad.size:

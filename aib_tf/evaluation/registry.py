@@ -6,13 +6,44 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from aib_tf.evaluation import suite
 from aib_tf.evaluation.accuracy import Accuracy
 from aib_tf.evaluation.bottleneck import Bottleneck
+from aib_tf.evaluation.consistency import Consistency
+from aib_tf.evaluation.faithfulness import Faithfulness
 from aib_tf.evaluation.intervals import RESAMPLES
 from aib_tf.evaluation.localisation import Localisation
+from aib_tf.evaluation.robustness import Robustness
+from aib_tf.evaluation.saliency import Saliency
 from aib_tf.evaluation.store import Store
 from aib_tf.evaluation.subject import Subject, UnavailableError
 from aib_tf.evaluation.suite import Result, Skipped
+from aib_tf.evaluation.transfer import transfer
 
-SUITES = {kind.name: kind for kind in (Accuracy, Bottleneck, Localisation)}
+
+def _one_pass(kind):
+    def measure(subject, dataset, options, samples, resamples, seed, progress):
+        return suite.run(subject, dataset, kind, options, samples, resamples, seed, progress)
+
+    return measure
+
+
+def _transfer(subject, dataset, options, samples, resamples, seed, progress):
+    # The data is that of the targets.
+    return transfer(subject, **options, samples=samples, resamples=resamples, seed=seed)
+
+
+# Name to a function that measures.
+SUITES = {
+    "accuracy": _one_pass(Accuracy),
+    "consistency": _one_pass(Consistency),
+    "localisation": _one_pass(Localisation),
+    "faithfulness": _one_pass(Faithfulness),
+    "robustness": _one_pass(Robustness),
+    "transfer": _transfer,
+    "saliency": _one_pass(Saliency),
+    "bottleneck": _one_pass(Bottleneck),
+}
+
+# What asks the model many times for each image, and looks at some of them unless told otherwise: these take `images`.
+COSTLY = ("faithfulness", "robustness")
 
 # What takes seconds, and is measured at the end of each training.
 QUICK = ("accuracy", "bottleneck", "localisation")
@@ -78,7 +109,7 @@ def evaluate(
         if found is None:
             report = None if progress is None else _named(progress, name)
             try:
-                found = suite.run(subject, dataset, SUITES[name], own, **arguments, progress=report)
+                found = SUITES[name](subject, dataset, own, **arguments, progress=report)
             except UnavailableError as error:
                 if len(names) == 1:
                     raise

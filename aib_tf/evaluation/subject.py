@@ -105,7 +105,8 @@ class Subject:
             images: (B, H, W, C), as the model takes them.
             samples: Draws of attention and latent that logits are averaged over; 0 takes the means.
         """
-        if self._explains and (samples or not self._is_keras):
+        if self._explains:
+            # A call of the model would add losses and count anchors in its metrics.
             return self.model.explain(images, samples=samples)["logits"]
         outputs = self.model(images, training=False)
         if self._probabilities:
@@ -170,7 +171,7 @@ class Subject:
         from aib_tf.evaluation.grad_cam import GradCAM
 
         self.check_differentiable()
-        return GradCAM(self.baseline)
+        return GradCAM(self.baseline, probabilities=self._probabilities and self.baseline is self.model)
 
     def _explain(self, images, samples):
         if self._explains:

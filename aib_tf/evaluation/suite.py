@@ -197,10 +197,12 @@ class Suite:
         name: Name of the suite.
         limit: How many images are looked at, at most; they are spread evenly over the data set.
             None for all.
+        seed: Seed of what the suite draws, set by `run`.
     """
 
     name: str
     limit: int | None = None
+    seed: int = 0
 
     def __init__(self, subject: Subject):
         self.subject = subject
@@ -254,16 +256,17 @@ def run(
     check_numbers(samples, resamples, seed)
     subject = Subject.of(model)
     suite = kind(subject, **(options or {}))
+    suite.seed = seed
     subject.reset_noise(seed)
     parts: list[dict[str, np.ndarray]] = []
     images = 0
     _check_ends(dataset)
     total = chosen = None
     if suite.limit is not None:
-        total = _count(dataset)
+        total = count_images(dataset)
         if total is None or total > suite.limit:
             # Where nobody knows how many there are, the first.
-            chosen = _Spread(suite.limit, suite.limit if total is None else total)
+            chosen = Spread(suite.limit, suite.limit if total is None else total)
             total = suite.limit
     for batch in batches(subject, dataset, samples, chosen):
         parts.append(suite.measure(batch))
@@ -284,7 +287,7 @@ def check_numbers(samples: int, resamples: int, seed: int) -> None:
         raise ValueError(f"samples must be 0 or more. Received: samples={samples}")
 
 
-def batches(subject: Subject, dataset: Iterable, samples: int = 0, chosen: "_Spread | None" = None) -> Iterator[Batch]:
+def batches(subject: Subject, dataset: Iterable, samples: int = 0, chosen: "Spread | None" = None) -> Iterator[Batch]:
     """Reads a data set; empty batches are passed over.
 
     Args:
@@ -326,7 +329,7 @@ def batches(subject: Subject, dataset: Iterable, samples: int = 0, chosen: "_Spr
         first += len(rows)
 
 
-class _Spread:
+class Spread:
     """Which images of `total` make `count` that are spread evenly: the k-th is floor(k * total / count)."""
 
     def __init__(self, count, total):
@@ -349,7 +352,7 @@ def _check_ends(dataset):
         raise ValueError("The data set must end: leave out repeat(). Received: cardinality=-1")
 
 
-def _count(dataset) -> int | None:
+def count_images(dataset) -> int | None:
     """How many images a data set holds, by reading it; None for what can be read only once."""
     if iter(dataset) is dataset:
         return None

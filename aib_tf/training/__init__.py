@@ -6,7 +6,7 @@ from aib_tf.training.cluster import ClusterError
 from aib_tf.training.distribution import WorkerLostError
 from aib_tf.training.fit import fit
 from aib_tf.training.optimizers import SGD, Adam, learning_rate_schedule
-from aib_tf.training.results import draw_attention, measure
+from aib_tf.training.results import draw_attention, measure, measured_images, measuring_batch, subject
 from aib_tf.training.run import Run, RunMismatchError
 
 __all__ = [
@@ -24,4 +24,7 @@ __all__ = [
     "fit",
     "learning_rate_schedule",
     "measure",
+    "measured_images",
+    "measuring_batch",
+    "subject",
 ]
