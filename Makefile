@@ -6,6 +6,7 @@
 # PYTEST_ARGS  further arguments of pytest, e.g. PYTEST_ARGS="-k quantizer"
 # CONFIG, RUN  what `make train` trains and where it writes; `make evaluate` reads RUN
 # PYTORCH      a Python that has PyTorch, for `make benchmark` to compare with
+# PYSALIENCY   a Python that has pysaliency, for the same
 # UPGRADE      UPGRADE=--upgrade lets `make lock` take newer versions
 # BAZEL, BAZEL_ARGS  e.g. BAZEL="bazel --output_user_root=DIR"; BAZEL_ARGS= lets a current Bazel download its rules
 # CXX, AIB_TF_CUDA, ...  what the ops are compiled with; custom_ops/compile.py lists them
@@ -98,9 +99,9 @@ train: setup ## train the default model on handwritten digits, and draw where it
 	@echo "Training $(CONFIG) into $(RUN)"
 	@$(python) scripts/train.py --flagfile="$(CONFIG)" --output_dir="$(RUN)"
 
-evaluate: setup ## print how well the trained model classifies and localises
+evaluate: setup ## measure the trained model in every way there is, and write a report: a few minutes
 	@echo "Evaluating $(RUN)"
-	@$(python) scripts/evaluate.py --run="$(RUN)"
+	@$(python) scripts/evaluate.py --run="$(RUN)" --report="$(RUN)/report"
 
 test: setup ## run the tests
 	@echo "Running the tests, $(WORKERS) at a time"
@@ -185,6 +186,8 @@ benchmark: setup ## measure the input pipeline, a training step, an exported mod
 	@$(python) benchmarks/training.py $(if $(PYTORCH),--pytorch="$(PYTORCH)")
 	@echo "Measuring an exported model"
 	@$(python) benchmarks/serving.py $(if $(PYTORCH),--pytorch="$(PYTORCH)")
+	@echo "Measuring the comparison with gaze; PYSALIENCY=PYTHON names a Python that has the rival"
+	@$(python) benchmarks/saliency.py $(if $(PYSALIENCY),--pysaliency="$(PYSALIENCY)")
 	@echo "Measuring the compiled op"
 	@$(python) benchmarks/nearest_anchor.py
 

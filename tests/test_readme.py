@@ -18,6 +18,7 @@ def test_python_examples_run_in_the_order_of_the_page(tmp_path, monkeypatch, cap
     assert len(names["history"].history["rate_bits"]) == 2
     assert names["seen"]["attention_mean"].shape == (64, 16, 16)
     assert (tmp_path / "digits.keras").exists()
+    assert names["found"]["pointing_box_attention"].images == 100
     assert "[0.  0.5 1. ]" in capsys.readouterr().out
 
 
@@ -27,6 +28,7 @@ PAGES = [
     "custom_ops/README.md",
     "docs/addons.md",
     "docs/distributed.md",
+    "docs/evaluation.md",
     "docs/method.md",
     "docs/pytorch.md",
     "docs/serving.md",
@@ -56,6 +58,7 @@ def test_flags_in_the_readme_are_flags_of_the_scripts():
         "flagfile",
         "output_dir",
         "run",
+        "report",
         "images",
         "logdir",
         "help",

@@ -60,12 +60,43 @@ def test_train_again_says_that_the_run_is_finished(run, data_dir):
 
 def test_evaluate_prints_and_saves_the_same_numbers_as_training_did(run):
     folder, _ = run
-    result = script("evaluate", f"--run={folder}")
+    result = script("evaluate", f"--run={folder}", "--suite=accuracy,bottleneck,localisation")
     assert result.returncode == 0, result.stderr
     for name in ("top 1", "rate bits", "pointing box attention", "pointing box uniform", "energy box centred"):
         assert name in result.stdout
-    saved = json.loads((folder / "evaluation_test.json").read_text())
-    assert saved["suites"] == json.loads((folder / "metrics.json").read_text())["suites"]
+    saved = json.loads((folder / "evaluation_test_accuracy_bottleneck_localisation.json").read_text())["suites"]
+    measured = json.loads((folder / "metrics.json").read_text())["suites"]
+    assert saved.keys() == measured.keys()
+    for suite, before in measured.items():
+        assert before["metrics"].items() <= saved[suite]["metrics"].items()
+    assert saved["accuracy"]["metrics"].keys() - measured["accuracy"]["metrics"].keys()  # draws
+
+
+def test_evaluate_writes_a_report_that_compares_runs_and_goes_on_where_it_was(run, tmp_path):
+    folder, _ = run
+    other = tmp_path / "other3"
+    shutil.copytree(folder, other)
+    suites = ["accuracy", "consistency", "localisation", "faithfulness", "robustness", "transfer", "saliency"]
+    result = script(
+        "evaluate", f"--run={folder}", "--images=4", f"--baseline={folder}", "--transfer_to=" + TINY[0].split("=")[1]
+    )
+    assert result.returncode == 0, result.stderr
+    for suite in [*suites, "bottleneck"]:
+        assert f"\n{suite}" in result.stdout
+        assert (folder / "evaluation" / "test" / f"{suite}.npz").exists()
+    assert "faithfulness: 4 images" in result.stderr
+    before = (folder / "evaluation_test.json").read_text()
+    # What is finished is read: nothing is measured again but what the new run lacks.
+    few = ["--suite=localisation,robustness", "--images=4", f"--baseline={folder}"]
+    result = script("evaluate", f"--run={folder}", f"--compare={other}", f"--report={tmp_path / 'report'}", *few)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("robustness: 4 images") == 1
+    assert (folder / "evaluation_test.json").read_text() == before
+    assert "<svg" in (tmp_path / "report" / "index.html").read_text()
+    runs = json.loads((tmp_path / "report" / "metrics.json").read_text())["runs"]
+    assert list(runs) == ["digits", "other3"]
+    assert runs["digits"]["suites"] == runs["other3"]["suites"]
+    assert list(runs["digits"]["suites"]) == ["localisation", "robustness"]
 
 
 def test_evaluate_takes_a_split_a_suite_and_samples(run):
@@ -158,6 +189,7 @@ def test_a_run_that_has_no_model_yet_is_not_exported(run, tmp_path):
         ("train", ["--decay_at=3,x", "--schedule=steps"], ["decay_at=3,x"]),
         ("train", ["--dataset=cifar10"], ["cifar10", "empty", "--data_dir"]),
         ("evaluate", ["--run=nowhere"], ["There is no run in this folder", "nowhere"]),
+        ("evaluate", ["--run=nowhere", "--suite=speed"], ["suites must be one or more of accuracy", "speed"]),
         ("visualize", ["--run=nowhere"], ["There is no run in this folder", "nowhere"]),
         ("export", ["--run=nowhere", "--output=models"], ["There is no run in this folder", "nowhere"]),
         ("export", ["--run=nowhere", "--output=models", "--dtype=float16"], ["float32|bfloat16"]),
