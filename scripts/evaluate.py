@@ -48,7 +48,9 @@ def main(arguments):
         )
     baseline = None
     if _BASELINE.value is not None:
-        baseline = command_line.open_run(_BASELINE.value, _DATA_DIR.value)[0].load_best()
+        beside = command_line.open_run(_BASELINE.value, _DATA_DIR.value)
+        check_comparable([opened[0], beside])
+        baseline = beside[0].load_best()
     names = distinct_names([run.path for run, _ in opened])
     shown, gallery = {}, None
     for name, (run, config) in zip(names, opened, strict=True):
@@ -141,7 +143,7 @@ def check_comparable(opened):
 
 def distinct_names(paths):
     """The last parts of the paths, as many of them as it takes to tell the runs apart."""
-    texts = [str(path).rstrip("/").split("/") for path in paths]
+    texts = [str(path if isinstance(path, files.RemotePath) else path.resolve()).split("/") for path in paths]
     for parts in range(1, max(map(len, texts)) + 1):
         names = ["/".join(text[-parts:]) for text in texts]
         if len(set(names)) == len(names):

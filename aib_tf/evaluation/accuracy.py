@@ -39,7 +39,8 @@ def accuracy(
     Args:
         model: A model or a `Subject`.
         dataset: Batches, see `aib_tf.evaluation.evaluate`.
-        draws: Numbers of draws that are measured beside `samples`.
+        draws: Numbers of draws that are measured beside `samples`. What is drawn depends on `seed`,
+            on what was drawn before and so on the size of the batches.
         samples: Draws of attention for each image; 0 takes the means.
         resamples: Draws of the bootstrap.
         seed: Seed of the bootstrap.
@@ -50,7 +51,8 @@ def accuracy(
         of `draws`.
 
     Raises:
-        ValueError: The logits hold NaN, or a label is no class of the model.
+        ValueError: The logits hold NaN or look like probabilities, or a label is no class of the model.
+        UnavailableError: All labels are -1, which stands for none.
     """
     return suite.run(model, dataset, Accuracy, {"draws": draws}, samples, resamples, seed)
 
@@ -67,6 +69,7 @@ class Accuracy(Suite):
 
     def measure(self, batch):
         logits = batch.finite("logits", rank=2)
+        self.subject.check_logits(logits)
         labels = check_labels(batch.labels, logits)
         self.classes = logits.shape[1]
         values = {"label": labels, **_scores(logits, labels)}

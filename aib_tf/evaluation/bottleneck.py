@@ -142,7 +142,7 @@ class Bottleneck(Suite):
         planes = {}
         for title, start in (("training", ""), ("validation", "val_")):
             columns = [self.history.get(f"{start}{name}") for name in ("rate_bits", "label_information_bits")]
-            if None not in columns:
+            if all(column is not None for column in columns):
                 epochs = [pair for pair in zip(*columns, strict=True) if None not in pair and np.isfinite(pair).all()]
                 if epochs:
                     planes[title] = Line(*zip(*epochs, strict=True))

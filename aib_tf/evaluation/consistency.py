@@ -140,6 +140,7 @@ class Consistency(Suite):
         kept = {group: np.stack([values[f"kept_{name}"] for name in members], 1) for group, members in groups.items()}
         terms = {f"kept_{group}": pairs.mean(axis=1) for group, pairs in kept.items()}
         metrics = {name: _mean_of(name) for name in terms}
+        scored = {}
         for threshold in self.thresholds:
             for group, members in groups.items():
                 for kind in kinds if kept[group].any() else ():
@@ -147,7 +148,11 @@ class Consistency(Suite):
                     name = f"score_{_label(100 * threshold)}_{group}_{kind}"
                     terms[name] = (kept[group] & similar).mean(axis=1)
                     metrics[name] = _ratio_of(name, f"kept_{group}", terms)
+                    scored[name] = group
         found = intervals.estimates(terms, metrics, resamples, seed) if terms else {}
+        for name, group in scored.items():
+            # A ratio says something of the images that have a kept pair.
+            found[name] = dataclasses.replace(found[name], images=int(kept[group].any(axis=1).sum()))
         found |= self._unrelated(values, kinds, resamples, seed)
         details = {
             "thresholds": list(self.thresholds),

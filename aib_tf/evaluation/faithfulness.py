@@ -232,7 +232,7 @@ class Faithfulness(Suite):
         for model, names in by_model.values():
             own = model is self.subject.model
             try:
-                copy = RandomisedCopy(model, names, probabilities=own and self.subject._probabilities)
+                copy = RandomisedCopy(model, names, probabilities=own and self.subject.probabilities)
                 copy.check(batch.images, compared)
             # Whatever a model of somebody else's raises while it is taken apart and put together again.
             except Exception as error:
@@ -263,7 +263,10 @@ class Faithfulness(Suite):
         for copy in self._copies:
             for name in copy.names:
                 details[f"randomised_layers_{name}"] = copy.groups
-                details[f"randomised_verdict_{name}"] = _verdict(found[f"randomised_spearman_{name}"])
+                verdict = _verdict(found[f"randomised_spearman_{name}"])
+                if values[f"constant_{name}"].all():
+                    verdict = "All maps are constant: there is nothing in them to change."
+                details[f"randomised_verdict_{name}"] = verdict
         for name, reason in self._reasons.items():
             details[f"randomised_left_out_{name}"] = reason
         charts = {}

@@ -1,5 +1,6 @@
 """The table of suites, and a way to run several, one after the other."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -17,30 +18,21 @@ from aib_tf.evaluation.subject import Subject, UnavailableError
 from aib_tf.evaluation.suite import Result, Skipped
 from aib_tf.evaluation.transfer import transfer
 
-
-def _one_pass(kind):
-    def measure(subject, dataset, options, samples, resamples, seed, progress):
-        return suite.run(subject, dataset, kind, options, samples, resamples, seed, progress)
-
-    return measure
-
-
-def _transfer(subject, dataset, options, samples, resamples, seed, progress):
-    # The data is that of the targets.
-    return transfer(subject, **options, samples=samples, resamples=resamples, seed=seed)
-
-
-# Name to a function that measures.
-SUITES = {
-    "accuracy": _one_pass(Accuracy),
-    "consistency": _one_pass(Consistency),
-    "localisation": _one_pass(Localisation),
-    "faithfulness": _one_pass(Faithfulness),
-    "robustness": _one_pass(Robustness),
-    "transfer": _transfer,
-    "saliency": _one_pass(Saliency),
-    "bottleneck": _one_pass(Bottleneck),
+_ONE_PASS = {
+    kind.name: kind for kind in (Accuracy, Consistency, Localisation, Faithfulness, Robustness, Saliency, Bottleneck)
 }
+
+# In the order of a report. To add one: its class above, and its name here.
+SUITES = (
+    "accuracy",
+    "consistency",
+    "localisation",
+    "faithfulness",
+    "robustness",
+    "transfer",
+    "saliency",
+    "bottleneck",
+)
 
 # What asks the model many times for each image, and looks at some of them unless told otherwise: these take `images`.
 COSTLY = ("faithfulness", "robustness")
@@ -98,6 +90,10 @@ def evaluate(
             f"list. Received: dataset={type(dataset).__name__}, suites={names}"
         )
     subject = Subject.of(model)
+    for name in _ONE_PASS.keys() & set(names):
+        # What is wrong with an option is said before the first suite has taken its time.
+        with contextlib.suppress(UnavailableError):
+            _ONE_PASS[name](subject, **options.get(name, {}))
     store = None
     if folder is not None:
         store = Store(folder, subject, dataset)
@@ -109,7 +105,10 @@ def evaluate(
         if found is None:
             report = None if progress is None else _named(progress, name)
             try:
-                found = SUITES[name](subject, dataset, own, **arguments, progress=report)
+                if name == "transfer":  # its data are those of the targets
+                    found = transfer(subject, **own, **arguments)
+                else:
+                    found = suite.run(subject, dataset, _ONE_PASS[name], own, **arguments, progress=report)
             except UnavailableError as error:
                 if len(names) == 1:
                     raise
@@ -122,7 +121,7 @@ def evaluate(
 
 def check_names(suites: Sequence[str] | None, allow_none: bool = False) -> list[str]:
     """The names of suites, None for all; ValueError for an unknown one, one named twice, or none at all."""
-    names = list(SUITES) if suites is None else list(suites)
+    names = list(SUITES if suites is None else suites)
     unknown = [name for name in names if name not in SUITES]
     if unknown or (not names and not allow_none) or len(set(names)) < len(names):
         raise ValueError(f"suites must be one or more of {', '.join(SUITES)}, each once. Received: suites={names}")

@@ -1,5 +1,6 @@
 """What is measured: a classifier, the maps that go with its decisions, and the scale of its pixels."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -54,7 +55,7 @@ class Subject:
         self.baseline = model if baseline is None else baseline
         self._maps = maps
         self._compiled: dict[int, Callable] = {}
-        self._probabilities = probabilities
+        self.probabilities = probabilities
         self._explains = callable(getattr(model, "explain", None))
         names = getattr(model, "attention_names", ("attention_mean",) if self._explains else ())
         self._attention_name = names[-1] if names else None
@@ -109,11 +110,21 @@ class Subject:
             # A call of the model would add losses and count anchors in its metrics.
             return self.model.explain(images, samples=samples)["logits"]
         outputs = self.model(images, training=False)
-        if self._probabilities:
+        if self.probabilities:
             ops = _keras().ops
             # The smallest normal number keeps the logarithm finite.
             outputs = ops.log(ops.maximum(outputs, float(np.finfo(np.float32).tiny)))
         return outputs
+
+    def check_logits(self, logits: np.ndarray) -> None:
+        """Raises ValueError where a Keras model that should return logits (B, classes) returns probabilities."""
+        if self._explains or self.probabilities or not logits.size:
+            return
+        if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
+            raise ValueError(
+                "The model returns probabilities, and logits are expected. Use Subject(model, probabilities=True). "
+                f"Received: outputs={logits[0, :3].tolist()} .. of sum {logits[0].sum():.4g}"
+            )
 
     def explain(self, images, samples: int = 0) -> dict:
         """What `model.explain` returns; logits and probabilities where the model has no such method."""
@@ -152,9 +163,20 @@ class Subject:
         """
         return np.asarray(self._grad_cam(self._as_input(images)))
 
-    def reset_noise(self, seed: int) -> None:
-        """Lets draws of attention and latent begin anew, so that what is drawn does not depend on what was before."""
+    def drawn(self, samples: int) -> int:
+        """How many draws are made where so many are wanted: none by a model that has nothing to draw."""
+        from aib_tf.models import AIBClassifier, PayAttentionClassifier
+
+        model = self.model
+        if isinstance(model, AIBClassifier):
+            return 0 if model.attention is None and model.bottleneck is None else samples
+        return samples if self._explains and not isinstance(model, PayAttentionClassifier) else 0
+
+    @contextlib.contextmanager
+    def noise_from(self, seed: int):
+        """Lets draws begin at the seed; afterwards the model's generators are as they were, for training to go on."""
         if not self._is_keras:
+            yield
             return
         keras = _keras()
         generators = [
@@ -163,15 +185,21 @@ class Subject:
             for value in vars(layer).values()
             if isinstance(value, keras.random.SeedGenerator)
         ]
+        before = [keras.ops.convert_to_numpy(generator.state) for generator in generators]
         for number, generator in enumerate(generators):
             generator.state.assign(np.array([seed + number, 0], generator.state.dtype))
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.state.assign(state)
 
     @functools.cached_property
     def _grad_cam(self):
         from aib_tf.evaluation.grad_cam import GradCAM
 
         self.check_differentiable()
-        return GradCAM(self.baseline, probabilities=self._probabilities and self.baseline is self.model)
+        return GradCAM(self.baseline, probabilities=self.probabilities and self.baseline is self.model)
 
     def _explain(self, images, samples):
         if self._explains:

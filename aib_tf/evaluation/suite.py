@@ -255,9 +255,9 @@ def run(
     """
     check_numbers(samples, resamples, seed)
     subject = Subject.of(model)
+    samples = subject.drawn(samples)
     suite = kind(subject, **(options or {}))
     suite.seed = seed
-    subject.reset_noise(seed)
     parts: list[dict[str, np.ndarray]] = []
     images = 0
     _check_ends(dataset)
@@ -268,11 +268,13 @@ def run(
             # Where nobody knows how many there are, the first.
             chosen = Spread(suite.limit, suite.limit if total is None else total)
             total = suite.limit
-    for batch in batches(subject, dataset, samples, chosen):
-        parts.append(suite.measure(batch))
-        images += len(batch.labels)
-        if progress is not None:
-            progress(images, total)
+    with subject.noise_from(seed):
+        for batch in batches(subject, dataset, samples, chosen):
+            batch = dataclasses.replace(batch, images=np.asarray(batch.images, np.float32))
+            parts.append(suite.measure(batch))
+            images += len(batch.labels)
+            if progress is not None:
+                progress(images, total)
     if images == 0:
         raise ValueError("The data set holds no images. Received: images=0")
     values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -324,7 +326,7 @@ def batches(subject: Subject, dataset: Iterable, samples: int = 0, chosen: "Spre
         if len(rows) < shape[0]:
             images, labels = images[rows], labels[rows]
             boxes, masks = (None if value is None else value[rows] for value in (boxes, masks))
-        fields = {name: np.asarray(value)[rows] for name, value in parts.items()}
+        fields = {name: _rows_of(value, rows, shape[0]) for name, value in parts.items()}
         yield Batch(subject, first, images, labels, samples, boxes, masks, fields)
         first += len(rows)
 
@@ -369,6 +371,12 @@ def _parts(element) -> dict:
         "A batch must be a dict with 'image' and 'label' or a tuple (image, label). "
         f"Received: type={type(element).__name__}" + (f", keys={keys}" if keys else "")
     )
+
+
+def _rows_of(value, rows, size):
+    """The rows of an entry that has one for each image; any other entry as it is."""
+    array = np.asarray(value)
+    return array[rows] if array.ndim and len(array) == size else value
 
 
 def _labels(labels, size):

@@ -108,10 +108,10 @@ def transfer(
     check_count("samples", samples, minimum=0)
     check_count("training_images", training_images)
     if not targets:
-        raise UnavailableError("no target data set was named")
+        raise UnavailableError("no target data set was named (`targets`, on the command line --transfer_to)")
     _check_targets(targets, classes or {})
     subject = Subject.of(model)
-    subject.reset_noise(seed)
+    samples = subject.drawn(samples)
     extract = features or _features_of(subject)
     metrics: dict[str, Estimate] = {}
     details: dict[str, object] = {
@@ -123,7 +123,9 @@ def transfer(
     lines, per_image, images = {}, {}, 0
     for name, (training, test) in targets.items():
         shared = (classes or {}).get(name)
-        found = _Target(subject, extract, training_images, samples, seed).measure(training, test, shared, details, name)
+        target = _Target(subject, extract, training_images, samples, seed)
+        with subject.noise_from(seed):
+            found = target.measure(training, test, shared, details, name)
         for kind, correct in found.correct.items():
             per_image[f"{kind}_correct_{name}"] = correct
             seen = correct[~np.isnan(correct)]

@@ -39,8 +39,9 @@ class SupervisedAttention:
 
         Training needs them. With images alone, the model classifies as before; `explain` takes images alone. The loss
         and the metric `attention_loss`, its mean over the images that have a map and without the weight (0 where none
-        has), cover evaluation with pairs as well. Under mixed precision Keras rounds maps of floats as it does images,
-        and leaves integers exact; the loss is computed in float32.
+        has), cover evaluation with pairs as well. Under mixed precision Keras rounds maps of floats as it does images
+        (float16 holds 1e-4 to 6e4: scale a density that is smaller), and leaves integers exact; the loss is computed in
+        float32.
 
         This is a part of how the model is trained, and not of the model: it is not saved, and neither are weights
         added. After loading, call it again to go on. It may be called again, with another kind or weight. Under
@@ -105,7 +106,7 @@ class SupervisedAttention:
     def _add_attention_loss(self, attention, maps):
         """Adds the loss of a batch, and reports it."""
         values = attention_loss(attention, maps, self._supervision.kind)
-        given = ops.any(ops.reshape(maps, (ops.shape(values)[0], -1)) > 0, axis=1)
+        given = ops.any(ops.reshape(ops.cast(maps, "float32"), (ops.shape(values)[0], -1)) > 0, axis=1)
         for metric in self._supervision.metrics:
             metric.update_state(values, sample_weight=ops.cast(given, "float32"))
         self.add_loss(mark_own(self._supervision.weight * ops.cast(ops.mean(values), loss_dtype())))

@@ -8,7 +8,7 @@ _MEASURED_PIXELS = 32 * 224 * 224  # of a batch outside of training: 32 images f
 
 
 def measuring_batch(info, replicas=1):
-    """Images in a batch outside of training, few enough for the memory of any device; no result depends on it."""
+    """Images in a batch outside of training, few enough for the memory of any device; only draws depend on it."""
     height, width, _ = info.image_shape
     return replicas * max(1, min(250, _MEASURED_PIXELS // (height * width)))
 

@@ -97,6 +97,14 @@ def test_impossible_numbers_are_refused_before_the_data_is_read(full_model, opti
         evaluation.evaluate(full_model, untouched(), ["accuracy"], **options)
 
 
+def test_a_wrong_option_is_refused_before_the_first_suite_is_measured(full_model, batched):
+    with pytest.raises(ValueError, match="epsilon"):
+        evaluation.evaluate(
+            full_model, batched([0]), ["accuracy", "robustness"], options={"robustness": {"epsilons": (-1,)}}
+        )
+    assert full_model.calls == []
+
+
 def test_an_empty_data_set_is_refused(full_model, batched):
     with pytest.raises(ValueError, match="no images"):
         evaluation.evaluate(full_model, [])

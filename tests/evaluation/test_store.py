@@ -1,5 +1,7 @@
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from aib_tf import evaluation
 from aib_tf.evaluation import suite
@@ -56,24 +58,58 @@ def test_what_was_made_otherwise_is_measured_again(model, dataset, tmp_path, cou
         evaluation.evaluate(model, dataset, ["bottleneck"], folder=tmp_path, **arguments)
         return bool(counted)
 
+    def saturated():
+        """The same names and weights, and other numbers."""
+        other = make_tiny_model()
+        other.features.layers[0].activation = keras.activations.tanh
+        return other
+
+    as_tensors = tf.data.Dataset.from_generator(
+        lambda: dataset, (tf.float32, tf.int64), (tf.TensorShape((None, 8, 8, 1)), tf.TensorShape((None,)))
+    ).apply(tf.data.experimental.assert_cardinality(2))
     assert evaluate()
     assert not evaluate()
     assert evaluate(samples=1)
     assert evaluate(options={"bottleneck": {"history": {"rate_bits": [1.0]}}})
+    assert not evaluate(options={"bottleneck": {"history": {"rate_bits": np.array([1.0])}}})
     assert evaluate(dataset=dataset[1:])
+    assert evaluate(dataset=as_tensors)
+    assert not evaluate(dataset=as_tensors)
+    assert evaluate(dataset=as_tensors.take(1))
     assert evaluate(model=make_tiny_model(seed=1))
+    assert evaluate(model=saturated())
+    assert evaluate()
+    assert evaluate(model=evaluation.Subject(model, mean=0.5))
+    assert evaluate(model=evaluation.Subject(model, probabilities=True))
     assert evaluate(model=evaluation.Subject(model, maps=lambda images: images[..., 0]))
     assert evaluate(model=evaluation.Subject(model, maps=lambda images: images[..., 0]))
+
+
+def test_texts_beside_the_images_do_not_hinder(model, dataset, tmp_path, counted):
+    def with_names():
+        return [
+            {"image": images, "label": labels, "id": np.array([f"number {label}" for label in labels], object)}
+            for images, labels in dataset
+        ]
+
+    for _ in range(2):
+        evaluation.evaluate(model, with_names(), ["bottleneck"], folder=tmp_path)
+    assert counted == ["bottleneck"]
 
 
 def test_a_damaged_file_is_named_and_measured_again(model, dataset, tmp_path, counted, caplog):
-    evaluation.evaluate(model, dataset, ["accuracy"], folder=tmp_path)
-    file = tmp_path / "accuracy.npz"
-    file.write_bytes(file.read_bytes()[:100])
-    results = evaluation.evaluate(model, dataset, ["accuracy"], folder=tmp_path)
-    assert counted == ["accuracy", "accuracy"]
-    assert "accuracy.npz cannot be read" in caplog.text
-    assert results["accuracy"].images == 7
+    evaluation.evaluate(model, dataset, ["bottleneck"], folder=tmp_path)
+    file = tmp_path / "bottleneck.npz"
+    whole = file.read_bytes()
+    for damaged in (whole[:100], b"", whole[:200] + bytes(100) + whole[300:]):
+        counted.clear()
+        caplog.clear()
+        file.write_bytes(damaged)
+        results = evaluation.evaluate(model, dataset, ["bottleneck"], folder=tmp_path)
+        assert counted == ["bottleneck"]
+        assert "bottleneck.npz cannot be read" in caplog.text
+        assert results["bottleneck"].images == 7
+        assert file.read_bytes() == whole
 
 
 class Numbers(suite.Suite):

@@ -55,6 +55,11 @@ def test_a_model_that_ends_in_probabilities_says_so():
     plain = dense()
     found = Subject(softmax, probabilities=True).explain(images)
     np.testing.assert_allclose(found["probabilities"], tf.nn.softmax(plain(images)), rtol=1e-5)
+    dataset = [(images, np.array([0, 1, 2, 0, 1]))]
+    with pytest.raises(ValueError, match=r"probabilities=True.*of sum 1"):
+        evaluation.accuracy(softmax, dataset)
+    wrapped = evaluation.accuracy(Subject(softmax, probabilities=True), dataset)
+    assert wrapped["nll_nats"].value == pytest.approx(evaluation.accuracy(plain, dataset)["nll_nats"].value, rel=1e-5)
 
 
 def test_gradients_reach_the_images(model, images):
@@ -82,6 +87,47 @@ def test_noise_begins_anew_for_every_suite(model, images):
     once, again, other = (evaluation.accuracy(model, dataset, draws=(3,), seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(once.per_image["nll_nats_drawn_3"], again.per_image["nll_nats_drawn_3"])
     assert (once.per_image["nll_nats_drawn_3"] != other.per_image["nll_nats_drawn_3"]).any()
+
+
+def test_training_goes_on_with_its_own_noise_after_an_evaluation(model, images):
+    model.explain(images, samples=1)
+    before = [np.array(layer.seed_generator.state) for layer in (model.attention, model.bottleneck)]
+    assert all(state[1] > 0 for state in before)
+    evaluation.accuracy(model, [(images, np.arange(6) % 3)], draws=(2,), seed=5)
+    after = [np.array(layer.seed_generator.state) for layer in (model.attention, model.bottleneck)]
+    np.testing.assert_array_equal(before, after)
+
+
+def test_samples_are_those_that_are_drawn(model, images):
+    dataset = [(images, np.arange(6) % 3)]
+    plain = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(3)])
+    local = models.build("vgg_att2", (32, 32, 1), 3, width=0.05)
+    assert evaluation.accuracy(model, dataset, (), samples=2).samples == 2
+    assert evaluation.accuracy(plain, dataset, samples=2).samples == 0
+    larger = [(np.zeros((2, 32, 32, 1), np.float32), np.array([0, 1]))]
+    assert evaluation.accuracy(local, larger, samples=2).samples == 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float64])
+def test_images_of_any_type_give_the_numbers_of_float32(model, dtype):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1)).astype(dtype)
+    subject = Subject(model, stddev=1 / 255)
+    found, expected = (
+        evaluation.evaluate(
+            subject,
+            [(each, np.arange(6) % 3)],
+            ["faithfulness", "robustness"],
+            options={"faithfulness": {"steps": 2}, "robustness": {"steps": 2, "epsilons": (4,)}},
+        )
+        for each in (images, images.astype(np.float32))
+    )
+    for name, result in expected.items():
+        assert found[name].to_dict() == result.to_dict()
+
+
+def test_entries_that_are_not_one_for_each_image_do_no_harm(model, images):
+    batch = {"image": images, "label": np.arange(6) % 3, "source": "here", "objects": {"kind": np.arange(2)}}
+    assert evaluation.bottleneck(model, [batch]).images == 6
 
 
 def test_grad_cam_is_that_of_the_baseline(model, images):

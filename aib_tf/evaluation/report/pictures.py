@@ -155,18 +155,18 @@ def gallery(
     if indices.ndim != 1 or not len(indices) or indices[0] < 0 or (np.diff(indices) <= 0).any():
         raise ValueError(f"`indices` must be ascending, from 0 up. Received: indices={indices.tolist()}")
 
-    subject.reset_noise(seed)
     found = {}
-    for batch in suite.batches(subject, dataset, chosen=_Chosen(indices)):
-        parts = {
-            "pictures": subject.pixels(batch.images),
-            "labels": batch.labels,
-            **_explained(subject, batch, samples),
-        }
-        if batch.boxes is not None:
-            parts["boxes"] = batch.boxes
-        for name, values in parts.items():
-            found.setdefault(name, []).append(values)
+    with subject.noise_from(seed):
+        for batch in suite.batches(subject, dataset, chosen=_Chosen(indices)):
+            parts = {
+                "pictures": subject.pixels(batch.images),
+                "labels": batch.labels,
+                **_explained(subject, batch, samples),
+            }
+            if batch.boxes is not None:
+                parts["boxes"] = batch.boxes
+            for name, values in parts.items():
+                found.setdefault(name, []).append(values)
     taken = sum(map(len, found.get("labels", ())))
     if taken != len(indices):
         raise ValueError(
