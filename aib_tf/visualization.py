@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from aib_tf import files
-from aib_tf.evaluation import maps
+from aib_tf import files, maps
 
 __all__ = ["attention_grid", "figure_to_array", "overlay", "save_figure", "training_curves"]
 

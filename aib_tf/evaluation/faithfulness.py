@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from aib_tf.evaluation import intervals, maps, suite
+from aib_tf import maps
+from aib_tf.evaluation import intervals, suite
 from aib_tf.evaluation.accuracy import log_softmax
 from aib_tf.evaluation.chart import Chart, Line
 from aib_tf.evaluation.grad_cam import GradCAM

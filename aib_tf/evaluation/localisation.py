@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from aib_tf.evaluation import components, intervals, maps, suite
+from aib_tf import maps
+from aib_tf.evaluation import components, intervals, suite
 from aib_tf.evaluation.intervals import RESAMPLES
 from aib_tf.evaluation.subject import UnavailableError
 from aib_tf.evaluation.suite import Result, Suite, Summary

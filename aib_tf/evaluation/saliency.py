@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from aib_tf.evaluation import intervals, maps, suite
+from aib_tf import maps
+from aib_tf.evaluation import intervals, suite
 from aib_tf.evaluation.intervals import RESAMPLES
 from aib_tf.evaluation.localisation import SIGMA
 from aib_tf.evaluation.subject import UnavailableError

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from aib_tf import models
-from aib_tf.evaluation import Subject, UnavailableError, maps
+from aib_tf import maps, models
+from aib_tf.evaluation import Subject, UnavailableError
 from aib_tf.evaluation.faithfulness import RandomisedCopy, blur, cosine, faithfulness, spearman
 
 # Channel 0 holds the picture, channel 1 the number of the image, which a blur does not change.

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from aib_tf import evaluation
-from aib_tf.evaluation import components, maps
+from aib_tf import evaluation, maps
+from aib_tf.evaluation import components
 
 
 def upsampled_by_loops(values, height, width):

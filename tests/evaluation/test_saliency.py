@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from aib_tf import evaluation
-from aib_tf.evaluation import maps
+from aib_tf import evaluation, maps
 from aib_tf.evaluation.saliency import MEASURES, saliency
 from aib_tf.evaluation.saliency_metrics import Fixations, measure
 

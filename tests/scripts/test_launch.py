@@ -39,6 +39,8 @@ def launched(*arguments, stdout=subprocess.PIPE, **environment):
         stderr=subprocess.PIPE,
         env=environment,
         start_new_session=True,
+        # What runs the tests may ignore it, as nohup does, and a process inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     try:
         yield process
