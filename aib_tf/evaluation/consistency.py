@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from aib_tf import maps
 from aib_tf.evaluation import alterations, intervals, suite
 from aib_tf.evaluation.chart import Chart, Line
 from aib_tf.evaluation.intervals import RESAMPLES
@@ -115,11 +116,11 @@ class Consistency(Suite):
             for kind in compared:
                 similarity = np.full(len(kept), np.nan)
                 if kept.any():
-                    similarity[kept] = cosine_similarity(compared[kind][kept], self._maps(altered, kept, kind))
+                    similarity[kept] = maps.cosine_similarity(compared[kind][kept], self._maps(altered, kept, kind))
                 values[f"similarity_{name}_{kind}"] = similarity
         for kind, found in compared.items():
             before = np.concatenate([self._last.get(kind, found[:1]), found[:-1]])
-            values[f"similarity_unrelated_{kind}"] = cosine_similarity(found, before)
+            values[f"similarity_unrelated_{kind}"] = maps.cosine_similarity(found, before)
             if kind not in self._last:
                 values[f"similarity_unrelated_{kind}"][0] = np.nan
             self._last[kind] = found[-1:]
@@ -226,45 +227,16 @@ class Consistency(Suite):
         return charts
 
 
-def cosine_similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosine of the angle between maps that are flattened.
-
-    Args:
-        first: (B, h, w).
-        second: (B, h, w).
-
-    Returns:
-        (B,) float64 in -1..1; 1 where both maps are all zeros, 0 where one of them is.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    if np.shape(first) != np.shape(second):
-        raise ValueError(
-            f"Maps to compare must have one shape. Received: shapes {np.shape(first)} and {np.shape(second)}"
-        )
-    directions, zero = [], []
-    for maps in (first, second):
-        flat = np.asarray(maps, np.float64).reshape(len(maps), -1)
-        # By the largest entry first: the squares of very small or large ones would leave the range.
-        largest = np.abs(flat).max(axis=1, keepdims=True, initial=0)
-        zero.append(largest[:, 0] == 0)
-        flat = flat / np.where(largest > 0, largest, 1)
-        directions.append(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1))
-    cosine = np.clip((directions[0] * directions[1]).sum(axis=1), -1, 1)
-    return np.where(zero[0] & zero[1], 1.0, cosine)
-
-
-def check_finite(maps) -> np.ndarray:
-    """The maps as an array; a ValueError where one holds NaN or an infinity."""
-    maps = np.asarray(maps)
-    bad = ~np.isfinite(maps).all(axis=(1, 2))
+def check_finite(found) -> np.ndarray:
+    """Maps as an array; a ValueError where one holds NaN or an infinity."""
+    found = np.asarray(found)
+    bad = ~np.isfinite(found).all(axis=(1, 2))
     if bad.any():
         raise ValueError(
-            f"NaN or infinity in the maps of {bad.sum()} of {len(maps)} changed images of one batch. "
+            f"NaN or infinity in the maps of {bad.sum()} of {len(found)} changed images of one batch. "
             f"Received: images={np.flatnonzero(bad)[:10].tolist()} of the batch"
         )
-    return maps
+    return found
 
 
 def check_pixel_range(subject, images) -> None:

@@ -23,9 +23,6 @@ from aib_tf.validation import check_count
 # 10 to 20 pixels are told by; objects of photographs are larger.
 BLUR_SIGMA = 0.125
 
-# Of the centred Gaussian that is compared with, as in the localisation suite.
-SIGMA = 0.25
-
 # Groups of layers that become random one after the other, at most.
 STAGES = 6
 
@@ -144,7 +141,7 @@ class Faithfulness(Suite):
             [np.random.default_rng([DRAWS_SEED, batch.first + row]).permutation(pixels) for row in range(count)]
         )
         flat = {name: maps.upsample(found, height, width).reshape(count, -1) for name, found in compared.items()}
-        flat["centred"] = np.broadcast_to(maps.centred_gaussian(height, width, SIGMA).ravel(), (count, pixels))
+        flat["centred"] = np.broadcast_to(maps.centred_gaussian(height, width).ravel(), (count, pixels))
         counts = np.rint(np.linspace(0, pixels, self.steps + 1)).astype(int)
         between = counts[1:-1, None, None]
         for name, found in flat.items():
@@ -255,7 +252,7 @@ class Faithfulness(Suite):
         details = {
             "steps": self.steps,
             "blur_sigma": BLUR_SIGMA,
-            "centred_sigma": SIGMA,
+            "centred_sigma": maps.CENTRED_SIGMA,
             "draws_seed": DRAWS_SEED,
         }
         for name in ("attention", "grad_cam"):
@@ -341,7 +338,9 @@ class RandomisedCopy:
         """ValueError unless the copy gives the maps (B, h, w) that the model gives."""
         classes = self._classes(images)
         for name, function in self._maps.items():
-            if not np.allclose(cosine(before[name], np.asarray(function(images, classes))), 1, atol=1e-3):
+            if not np.allclose(
+                maps.cosine_similarity(before[name], np.asarray(function(images, classes))), 1, atol=1e-3
+            ):
                 raise ValueError("its copy gives other maps")
 
     def similarities(self, images, before):
@@ -364,7 +363,7 @@ class RandomisedCopy:
             for name, function in self._maps.items():
                 # A deep random network may overflow; what is no number is no evidence.
                 after = np.nan_to_num(np.asarray(function(images, classes)).astype(np.float64), posinf=0, neginf=0)
-                curves[name]["cosine"].append(cosine(before[name], after))
+                curves[name]["cosine"].append(maps.cosine_similarity(before[name], after))
                 curves[name]["spearman"].append(spearman(before[name], after))
         return {
             name: {kind: np.stack(curve, axis=1) for kind, curve in found.items()} for name, found in curves.items()
@@ -392,19 +391,9 @@ def blur(images: np.ndarray, sigma: float = BLUR_SIGMA) -> np.ndarray:
     return np.einsum("jw,biwc->bijc", columns, blurred, optimize=True).astype(images.dtype)
 
 
-def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Cosine similarity of maps (B, h, w) with maps of the same shape: (B,); 1 of two maps of zeros, 0 of one."""
-    left, right = (np.asarray(each, np.float64).reshape(len(each), -1) for each in (left, right))
-    norms = [np.sqrt(np.square(each).sum(axis=1)) for each in (left, right)]
-    product = norms[0] * norms[1]
-    result = np.divide((left * right).sum(axis=1), product, out=np.zeros(len(left)), where=product > 0)
-    result[(norms[0] == 0) & (norms[1] == 0)] = 1
-    return result
-
-
 def spearman(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Rank correlation of maps (B, h, w), ties at their mean rank: (B,); 1 of two constant maps, 0 of one."""
-    return cosine(*(_centred_ranks(np.asarray(each).reshape(len(each), -1)) for each in (left, right)))
+    return maps.cosine_similarity(*(_centred_ranks(np.asarray(each).reshape(len(each), -1)) for each in (left, right)))
 
 
 def _centred_ranks(values):

@@ -8,10 +8,6 @@ from aib_tf.evaluation.intervals import RESAMPLES
 from aib_tf.evaluation.subject import UnavailableError
 from aib_tf.evaluation.suite import Result, Suite, Summary
 
-# Two standard deviations reach the edge of the image: as broad as a Gaussian can be that still
-# falls to near nothing (0.14) there, and a place prior that has seen no image.
-SIGMA = 0.25
-
 # Where a map that is stretched to 0..1 is cut, and the overlaps that count as a hit.
 THRESHOLDS = np.arange(20) / 20
 OVERLAPS = (0.3, 0.5, 0.7)
@@ -85,7 +81,7 @@ class Localisation(Suite):
 
         compared = {name: maps.upsample(found, height, width) for name, found in batch.maps().items()}
         compared["uniform"] = np.ones((1, height, width))
-        compared["centred"] = maps.centred_gaussian(height, width, SIGMA)[None]
+        compared["centred"] = maps.centred_gaussian(height, width)[None]
         values = {"positive_mass": np.maximum(next(iter(compared.values())), 0).sum(axis=(1, 2))}
         for name, inside in objects.items():
             area = inside.mean(axis=(1, 2))
@@ -108,7 +104,7 @@ class Localisation(Suite):
         return values
 
     def summarise(self, values, resamples, seed):
-        found, details = {}, {"centred_sigma": SIGMA}
+        found, details = {}, {"centred_sigma": maps.CENTRED_SIGMA}
         kinds = [name[len("overlap_") :] for name in values if name.startswith("overlap_")]
         for kind in kinds:
             hits = _box_hits(values[f"overlap_{kind}"])

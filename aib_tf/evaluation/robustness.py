@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from aib_tf import maps
 from aib_tf.evaluation import intervals, suite
 from aib_tf.evaluation.accuracy import check_labels
 from aib_tf.evaluation.chart import Chart, Line
-from aib_tf.evaluation.consistency import check_finite, check_pixel_range, cosine_similarity
+from aib_tf.evaluation.consistency import check_finite, check_pixel_range
 from aib_tf.evaluation.intervals import RESAMPLES
 from aib_tf.evaluation.subject import Subject, UnavailableError
 from aib_tf.evaluation.suite import Result, Suite, Summary
@@ -147,7 +148,7 @@ class Robustness(Suite):
         values = {"correct_clean": correct, "zero_gradient": ~usable.any(axis=(1, 2, 3))}
 
         signs = _random_signs(batch.images.shape, self.seed, batch.first)
-        maps = self._maps(batch.images)
+        before = self._maps(batch.images)
         attacked, standing = batch.images.copy(), correct.copy()
         for epsilon in self.epsilons:
             label = _label(epsilon)
@@ -158,9 +159,9 @@ class Robustness(Suite):
             # Images that are broken stay broken in a larger ball, and need no further attack.
             self._attack("own", batch, labels, standing, epsilon, attacked)
             values[f"correct_pgd_{label}"] = standing.copy()
-            if maps is not None:
+            if before is not None:
                 for attack, changed in (("pgd", attacked), ("noise", noise)):
-                    similarity = cosine_similarity(maps, self._maps(changed))
+                    similarity = maps.cosine_similarity(before, self._maps(changed))
                     values[f"map_similarity_{attack}_{label}"] = np.where(correct, similarity, np.nan)
         largest = self.epsilons[-1]
         for source in self._sources(batch.images.shape, logits.shape[1]):

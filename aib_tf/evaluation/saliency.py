@@ -5,7 +5,6 @@ import numpy as np
 from aib_tf import maps
 from aib_tf.evaluation import intervals, suite
 from aib_tf.evaluation.intervals import RESAMPLES
-from aib_tf.evaluation.localisation import SIGMA
 from aib_tf.evaluation.subject import UnavailableError
 from aib_tf.evaluation.suite import Result, Suite, Summary
 from aib_tf.validation import check_choice
@@ -93,7 +92,7 @@ class Saliency(Suite):
             everywhere = (len(batch.labels), height, width)
             yield from ((name, maps.upsample(each, height, width)) for name, each in compared.items())
             yield "uniform", np.ones(everywhere)
-            yield "centred", np.broadcast_to(maps.centred_gaussian(height, width, SIGMA), everywhere)
+            yield "centred", np.broadcast_to(maps.centred_gaussian(height, width), everywhere)
 
         density = found.get("saliency", found.get("mask"))
         if density is not None:
@@ -116,7 +115,7 @@ class Saliency(Suite):
         return values
 
     def summarise(self, values, resamples, seed):
-        found, details = {}, {"reference": " and ".join(self.used), "centred_sigma": SIGMA}
+        found, details = {}, {"reference": " and ".join(self.used), "centred_sigma": maps.CENTRED_SIGMA}
         for measure in MEASURES:
             terms = {name: value for name, value in values.items() if name.startswith(f"{measure}_")}
             if not terms:

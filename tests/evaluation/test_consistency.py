@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from aib_tf.evaluation import alterations, suite
-from aib_tf.evaluation.consistency import Consistency, consistency, cosine_similarity
+from aib_tf.evaluation.consistency import Consistency, consistency
 from aib_tf.evaluation.subject import Subject, UnavailableError
+from aib_tf.maps import cosine_similarity
 
 
 class Looker:

@@ -4,8 +4,8 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+from aib_tf import maps
 from aib_tf.evaluation import attacks
-from aib_tf.evaluation.consistency import cosine_similarity
 from aib_tf.evaluation.robustness import robustness
 from aib_tf.evaluation.subject import Subject, UnavailableError
 from aib_tf.layers import AnchorQuantizer, GaussianBottleneck, VariationalSpatialAttention
@@ -242,7 +242,7 @@ def test_similarity_of_maps_is_over_the_images_that_are_classified_correctly(pix
     # Images that withstand PGD end in the corner of the ball.
     stands = worst_correct(pixels, labels, 8) & correct
     corner = attacks.fgsm(linear(), pixels, labels, 8 / 255, 0.0, 1.0).numpy()
-    expected = cosine_similarity(pixels[..., 0], corner[..., 0])
+    expected = maps.cosine_similarity(pixels[..., 0], corner[..., 0])
     np.testing.assert_allclose(result.per_image["map_similarity_pgd_8"][stands], expected[stands], atol=1e-6)
     # Those that broke in the smaller ball are left as they are there.
     broke = ~worst_correct(pixels, labels, 4) & correct

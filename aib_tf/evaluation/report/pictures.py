@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from aib_tf.evaluation import suite
+from aib_tf.evaluation.accuracy import log_softmax
 from aib_tf.evaluation.subject import Subject, UnavailableError
 from aib_tf.validation import check_count
 
@@ -238,9 +239,7 @@ def encode_maps(maps: np.ndarray) -> dict:
 def _explained(subject, batch, samples):
     """The probabilities of a batch, and those maps that the model has."""
     explanation = batch.explanation
-    logits = batch.finite("logits", rank=2)
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    found = {"probabilities": shifted / shifted.sum(axis=-1, keepdims=True)}
+    found = {"probabilities": np.exp(log_softmax(batch.finite("logits", rank=2)))}
     # Each for itself, since a model may well have one of the two.
     with contextlib.suppress(UnavailableError):
         found["attention"] = np.asarray(subject.maps(batch.images))
