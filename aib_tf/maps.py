@@ -76,16 +76,16 @@ def cosine_similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"Maps to compare must have one shape. Received: shapes {np.shape(first)} and {np.shape(second)}"
         )
-    directions, zero = [], []
+    flats, norms = [], []
     for each in (first, second):
         flat = np.asarray(each, np.float64).reshape(len(each), -1)
-        # By the largest entry first: the squares of very small or large ones would leave the range.
-        largest = np.abs(flat).max(axis=1, keepdims=True, initial=0)
-        zero.append(largest[:, 0] == 0)
-        flat = flat / np.where(largest > 0, largest, 1)
-        directions.append(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1))
-    cosine = np.clip((directions[0] * directions[1]).sum(axis=1), -1, 1)
-    return np.where(zero[0] & zero[1], 1.0, cosine)
+        # The squares of very small or large entries would leave the range. A power of two rounds nothing.
+        _, exponent = np.frexp(np.abs(flat).max(axis=1, keepdims=True, initial=0))
+        flats.append(np.ldexp(flat, -exponent))
+        norms.append(np.linalg.norm(flats[-1], axis=1))
+    product = norms[0] * norms[1]
+    cosine = np.divide((flats[0] * flats[1]).sum(axis=1), product, out=np.zeros(len(product)), where=product > 0)
+    return np.where((norms[0] == 0) & (norms[1] == 0), 1.0, np.clip(cosine, -1, 1))
 
 
 def _neighbours(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
