@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 
+import keras
 import numpy as np
 
 
@@ -40,7 +41,6 @@ class Subject:
     def __init__(self, model, maps: Callable | None = None, mean=0.0, stddev=1.0, probabilities=False, baseline=None):
         if isinstance(model, Subject):
             raise TypeError(f"`model` must be a model, not a Subject of one. Received: model={model!r}")
-        keras = _keras()
         self._is_keras = isinstance(model, keras.Model)
         if not self._is_keras and not callable(getattr(model, "explain", None)):
             raise TypeError(
@@ -82,7 +82,7 @@ class Subject:
     @property
     def differentiable(self) -> bool:
         """Whether gradients with respect to the images can be had."""
-        return self._is_keras and _keras().config.backend() == "tensorflow"
+        return self._is_keras and keras.config.backend() == "tensorflow"
 
     def check_differentiable(self) -> None:
         """Raises UnavailableError where gradients cannot be had."""
@@ -111,9 +111,8 @@ class Subject:
             return self.model.explain(images, samples=samples)["logits"]
         outputs = self.model(images, training=False)
         if self.probabilities:
-            ops = _keras().ops
             # The smallest normal number keeps the logarithm finite.
-            outputs = ops.log(ops.maximum(outputs, float(np.finfo(np.float32).tiny)))
+            outputs = keras.ops.log(keras.ops.maximum(outputs, float(np.finfo(np.float32).tiny)))
         return outputs
 
     def check_logits(self, logits: np.ndarray) -> None:
@@ -178,7 +177,6 @@ class Subject:
         if not self._is_keras:
             yield
             return
-        keras = _keras()
         generators = [
             value
             for layer in self.model._flatten_layers()
@@ -205,7 +203,7 @@ class Subject:
         if self._explains:
             return self.model.explain(images, samples=samples)
         logits = self.logits(images)
-        return {"logits": logits, "probabilities": _keras().ops.softmax(logits)}
+        return {"logits": logits, "probabilities": keras.ops.softmax(logits)}
 
     def _compiled_explain(self, samples):
         if samples not in self._compiled:
@@ -223,9 +221,3 @@ class Subject:
         import tensorflow as tf
 
         return tf.convert_to_tensor(images, tf.float32)
-
-
-def _keras():
-    import keras
-
-    return keras
