@@ -35,6 +35,8 @@ def architecture_of(model):
     if isinstance(model, PayAttentionClassifier):
         return "pay_attention" if _has(model.features, "block6_conv2") else None
     if isinstance(model, AIBClassifier):
+        if _has(model.features, "block1_channel_attention"):
+            return None
         if _has(model.features, "block3_pool") and _has(model.encoder, "block7_conv1"):
             return "vgg"
         if _has(model.features, "block5_conv3") and _has(model.encoder, "channels_first"):

@@ -192,7 +192,12 @@ class Blocks:
 
     def dense(self, x, units, name, **arguments):
         """A dense layer."""
-        return keras.layers.Dense(units, kernel_initializer=self.linear_initializer(), name=name, **arguments)(x)
+        return self.dense_layer(units, name, **arguments)(x)
+
+    def dense_layer(self, units, name, activation=None, **arguments):
+        """A dense layer that is not applied yet, since it is applied more than once."""
+        initializer = self.linear_initializer()
+        return keras.layers.Dense(units, activation, kernel_initializer=initializer, name=name, **arguments)
 
     def logits(self, x, classes):
         """The last layer: scores of the classes, in float32 also under mixed precision."""

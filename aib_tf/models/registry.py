@@ -12,7 +12,7 @@ from aib_tf.models.blocks import Blocks
 from aib_tf.models.overrides import Overrides, Seeds
 from aib_tf.models.pay_attention import build_pay_attention
 from aib_tf.models.resnet import WideResNet, WideResNet50
-from aib_tf.models.vgg import VGG, VGG16
+from aib_tf.models.vgg import VGG, VGG16, CBAMVGG
 from aib_tf.validation import check_count
 
 _WIDE_RESNET = re.compile(r"wrn_([1-9][0-9]*)_([1-9][0-9]*)")
@@ -44,6 +44,7 @@ class Architecture:
         latent_dim: K unless an override says otherwise.
         kernel, linear: how kernels start; see `Blocks`.
         released_scale: how the scales of batch normalisation start in the released code; None: at one.
+        variants: what may follow its name.
     """
 
     backbone: Callable
@@ -51,10 +52,12 @@ class Architecture:
     kernel: Callable
     linear: Callable | None = None
     released_scale: Callable | None = None
+    variants: tuple[str, ...] = _VARIANTS
 
 
 _ARCHITECTURES = {
     "vgg": Architecture(VGG, 256, _xavier, released_scale=_uniform_scale),
+    "vgg_cbam": Architecture(CBAMVGG, 256, _xavier, released_scale=_uniform_scale, variants=("",)),
     "vgg16_cub": Architecture(VGG16, 256, _he_fan_out, _pytorch_linear),
     "wrn_50_2_cub": Architecture(WideResNet50, 256, _he_fan_out, _pytorch_linear),
 }
@@ -71,17 +74,19 @@ def names():
     Returns:
         Sorted tuple of strings.
     """
-    aib = [base + variant for base in (*_ARCHITECTURES, "wrn_28_10") for variant in _VARIANTS]
+    known = {**_ARCHITECTURES, "wrn_28_10": _WIDE_RESNET_ARCHITECTURE}
+    aib = [base + variant for base, architecture in known.items() for variant in architecture.variants]
     return tuple(sorted([*aib, *_PAY_ATTENTION]))
 
 
 def build(name, input_shape, classes, **overrides):
     """Builds a model by name.
 
-    Each backbone is there plain, as `_aib` with attention and bottleneck, and as `_aib_qt` with quantized attention:
+    Each backbone but vgg_cbam is there plain, as `_aib` with attention and bottleneck, and as `_aib_qt` with quantized attention:
 
     - vgg: for images of 32x32 pixels and more.
     - wrn_<depth>_<widening>, such as wrn_28_10: WideResNet, for the same.
+    - vgg_cbam: the plain vgg with CBAM (Woo et al., 2018), a deterministic attention, to compare with.
     - vgg16_cub, wrn_50_2_cub: VGG-16 and WideResNet-50-2, for images of 224x224 pixels; other sizes work.
 
     vgg_att2 and vgg_att3 are the networks of "Learn To Pay Attention" with two and three depths.
@@ -181,7 +186,7 @@ def look_up(name):
             )
         else:
             architecture = _ARCHITECTURES["vgg"] if name in _PAY_ATTENTION else _ARCHITECTURES.get(base)
-        if architecture and base + variant == name:
+        if architecture and base + variant == name and variant in architecture.variants:
             return base, architecture, bool(variant), variant == "_aib_qt"
     raise ValueError(
         f"There is no model of that name; there are {', '.join(names())}, and WideResNets of other sizes. "

@@ -2,6 +2,7 @@
 
 import keras
 
+from aib_tf.models import cbam
 from aib_tf.models.backbone import Backbone
 from aib_tf.models.blocks import AdaptiveAveragePooling2D
 
@@ -15,9 +16,9 @@ class VGG(Backbone):
     def features(self):
         """Images (B, H, W, channels) -> features (B, H/2, W/2, 256 * width)."""
         images = keras.Input(self.input_shape)
-        x = self.blocks.convolutions(images, "block1", 64, 2)
-        x = self.blocks.convolutions(x, "block2", 128, 2)
-        x = self.blocks.convolutions(x, "block3", 256, 3)
+        x = self._block(images, "block1", 64, 2)
+        x = self._block(x, "block2", 128, 2)
+        x = self._block(x, "block3", 256, 3)
         return keras.Model(images, self.blocks.pool(x, "block3_pool"), name="features")
 
     def encoder(self, features_shape):
@@ -25,12 +26,27 @@ class VGG(Backbone):
         features = keras.Input(features_shape)
         x = features
         for block, count in (("block4", 3), ("block5", 3), ("block6", 1), ("block7", 1)):
-            x = self.blocks.pool(self.blocks.convolutions(x, block, 512, count), f"{block}_pool")
+            x = self.blocks.pool(self._block(x, block, 512, count), f"{block}_pool")
         x = self.blocks.convolution(x, self.blocks.channels(512), "global", size=1)
         x = keras.layers.ReLU(name="global_relu")(x)
         # For larger images a map is left, which PyTorch lays out with channels first.
         x = keras.layers.Permute((3, 1, 2), name="channels_first")(x)
         return keras.Model(features, keras.layers.Flatten(name="flatten")(x), name="encoder")
+
+    def _block(self, x, name, channels, count):
+        return self.blocks.convolutions(x, name, channels, count)
+
+
+class CBAMVGG(VGG):
+    """The same with an attention behind each of its five blocks, in front of the pooling: of channels, then of places.
+
+    It is what AIB is compared with where the question is whether it takes a bottleneck.
+    """
+
+    def _block(self, x, name, channels, count):
+        x = super()._block(x, name, channels, count)
+        # Behind the fifth block come two single convolutions, which the paper of VGG does not have.
+        return x if count == 1 else cbam.attend(x, self.blocks, name)
 
 
 class VGG16(Backbone):

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 import aib_tf
-from aib_tf.models.blocks import AdaptiveAveragePooling2D, BatchNormalization
+from aib_tf.models import cbam
+from aib_tf.models.blocks import AdaptiveAveragePooling2D, BatchNormalization, Blocks
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 5, 4), (7, 1, 1, 4), (1, 1, 1, 4)])
@@ -147,3 +148,39 @@ def test_dropout_acts_in_training_alone():
     first, second = (np.asarray(model.features(images, training=True)) for _ in range(2))
     assert np.abs(first - second).max() > 0.01
     np.testing.assert_array_equal(model.features(images), model.features(images))
+
+
+def test_cbam_scales_features_by_the_attentions_of_its_equations():
+    random = np.random.default_rng(0)
+    F = random.normal(size=(2, 9, 8, 5)).astype("float32")
+    features = keras.Input(F.shape[1:])
+    model = keras.Model(features, cbam.attend(features, Blocks(), "block"))
+    weights = {variable.path: random.normal(0, 0.5, variable.shape) for variable in model.trainable_variables}
+    for variable in model.trainable_variables:
+        variable.assign(weights[variable.path])
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def mlp(x):
+        hidden = x @ weights["block_channel_hidden/kernel"] + weights["block_channel_hidden/bias"]
+        return np.maximum(hidden, 0) @ weights["block_channel_score/kernel"] + weights["block_channel_score/bias"]
+
+    M_c = sigmoid(mlp(F.mean((1, 2))) + mlp(F.max((1, 2))))[:, None, None]
+    attended = F * M_c
+    pooled = np.stack([attended.mean(-1), attended.max(-1)], axis=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(pooled, ((0, 0), (3, 3), (3, 3), (0, 0))), (7, 7), (1, 2))
+    scores = np.einsum("bhwcij,ijc->bhw", windows, weights["block_spatial_score/kernel"][..., 0])[..., None]
+    # At inference, with the statistics that a normalisation starts with.
+    scores = scores / np.sqrt(1 + 1e-5) * weights["block_spatial_norm/gamma"] + weights["block_spatial_norm/beta"]
+    np.testing.assert_allclose(model(F), attended * sigmoid(scores), rtol=1e-4, atol=1e-5)
+
+
+def test_cbam_stands_behind_the_five_blocks_of_a_plain_vgg():
+    model = aib_tf.models.build("vgg_cbam", (32, 32, 3), 10, width=0.25)
+    layers = {layer.name: layer for layer in (*model.features.layers, *model.encoder.layers)}
+    shapes = [layers[f"block{number}_spatial_attention"].output.shape[1:] for number in range(1, 6)]
+    assert shapes == [(32, 32, 1), (32, 32, 1), (32, 32, 1), (16, 16, 1), (8, 8, 1)]
+    assert "block6_spatial_attention" not in layers
+    with pytest.raises(ValueError, match="Received: name='vgg_cbam_aib'"):
+        aib_tf.models.build("vgg_cbam_aib", (32, 32, 3), 10)
