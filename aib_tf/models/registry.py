@@ -12,7 +12,7 @@ from aib_tf.models.blocks import Blocks
 from aib_tf.models.overrides import Overrides, Seeds
 from aib_tf.models.pay_attention import build_pay_attention
 from aib_tf.models.resnet import WideResNet, WideResNet50
-from aib_tf.models.vgg import VGG, VGG16, CBAMVGG
+from aib_tf.models.vgg import CBAMVGG, VGG, VGG16
 from aib_tf.validation import check_count
 
 _WIDE_RESNET = re.compile(r"wrn_([1-9][0-9]*)_([1-9][0-9]*)")
@@ -82,14 +82,14 @@ def names():
 def build(name, input_shape, classes, **overrides):
     """Builds a model by name.
 
-    Each backbone but vgg_cbam is there plain, as `_aib` with attention and bottleneck, and as `_aib_qt` with quantized attention:
+    Each backbone is there plain, as `_aib` with attention and bottleneck, and as `_aib_qt` with quantized attention:
 
     - vgg: for images of 32x32 pixels and more.
     - wrn_<depth>_<widening>, such as wrn_28_10: WideResNet, for the same.
-    - vgg_cbam: the plain vgg with CBAM (Woo et al., 2018), a deterministic attention, to compare with.
     - vgg16_cub, wrn_50_2_cub: VGG-16 and WideResNet-50-2, for images of 224x224 pixels; other sizes work.
 
-    vgg_att2 and vgg_att3 are the networks of "Learn To Pay Attention" with two and three depths.
+    vgg_att2 and vgg_att3 are the networks of "Learn To Pay Attention" with two and three depths. vgg_cbam is the plain
+    vgg with CBAM (Woo et al., 2018), a deterministic attention, to compare with.
 
     Args:
         name: one of `names()`, or that of a WideResNet of another size.
