@@ -167,6 +167,9 @@ class OptimizationConfig:
     decay_factor: float = _setting(0.5, "With schedule=steps: what the learning rate is multiplied by.")
     decay_every: int = _setting(0, "With schedule=steps: after each so many epochs.")
     decay_at: tuple[int, ...] = _setting((), "With schedule=steps: after these numbers of epochs.")
+    learning_rate_warmup_epochs: float = _setting(
+        0.0, "With schedule=cosine: epochs in which the learning rate grows linearly to its highest."
+    )
     warmup_learning_rates: tuple[float, ...] = _setting((), "Learning rates of the first epochs, one each.")
     weight_decay: float = _setting(0.0, "L2 penalty, added to the gradient as PyTorch does.")
     decoupled_weight_decay: bool = _setting(
@@ -197,9 +200,20 @@ class OptimizationConfig:
             check_weight("warmup_learning_rates", rate, positive=True)
         if self.anchor_learning_rate_ratio is not None:
             check_weight("anchor_learning_rate_ratio", self.anchor_learning_rate_ratio)
+        check_weight("learning_rate_warmup_epochs", self.learning_rate_warmup_epochs)
+        if self.learning_rate_warmup_epochs and (
+            self.schedule != "cosine" or self.learning_rate_warmup_epochs >= self.epochs
+        ):
+            raise ValueError(
+                "`learning_rate_warmup_epochs` goes with schedule=cosine, and must be less than `epochs`; other schedules "
+                "have warmup_learning_rates. Received: "
+                f"learning_rate_warmup_epochs={self.learning_rate_warmup_epochs}, schedule={self.schedule}, "
+                f"epochs={self.epochs}"
+            )
         if self.warmup_learning_rates and self.schedule == "cosine":
             raise ValueError(
-                "`warmup_learning_rates` goes with schedule=constant or schedule=steps. "
+                "`warmup_learning_rates` goes with schedule=constant or schedule=steps; with cosine, use "
+                "learning_rate_warmup_epochs. "
                 f"Received: warmup_learning_rates={self.warmup_learning_rates}, schedule=cosine"
             )
         decays = bool(self.decay_at) + bool(self.decay_every)

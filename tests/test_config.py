@@ -96,6 +96,8 @@ def test_differences_name_flags_and_values_and_leave_out_where_the_data_lies():
         ({"schedule": "steps"}, "decay_every"),
         ({"schedule": "cosine", "decay_every": 5}, "decay_every=5"),
         ({"warmup_learning_rates": (0.1,)}, "warmup_learning_rates"),
+        ({"learning_rate_warmup_epochs": 1, "schedule": "constant"}, "goes with schedule=cosine"),
+        ({"learning_rate_warmup_epochs": 2, "epochs": 2}, "less than `epochs`"),
         ({"precision": "int8"}, "precision='int8'"),
         ({"select_on": "train"}, "select_on='train'"),
         ({"seed": -1}, "seed=-1"),

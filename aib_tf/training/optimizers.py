@@ -173,7 +173,7 @@ def learning_rate_schedule(config, steps_per_epoch):
     """
     rates = list(config.warmup_learning_rates)
     if config.schedule == "cosine":
-        return keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps_per_epoch)
+        return _cosine(config, steps_per_epoch)
     if config.schedule == "constant" and not rates:
         return config.learning_rate
     for epoch in range(len(rates), config.epochs):
@@ -185,4 +185,15 @@ def learning_rate_schedule(config, steps_per_epoch):
     # Keras keeps a value up to and including its boundary, and counts steps from 0.
     return keras.optimizers.schedules.PiecewiseConstantDecay(
         [epoch * steps_per_epoch - 1 for epoch in changes], [rates[epoch] for epoch in [0, *changes]]
+    )
+
+
+def _cosine(config, steps_per_epoch):
+    steps, highest = config.epochs * steps_per_epoch, config.learning_rate
+    warmup = round(config.learning_rate_warmup_epochs * steps_per_epoch)
+    if not warmup:
+        return keras.optimizers.schedules.CosineDecay(highest, steps)
+    # The first step, number 0, is to move the weights too.
+    return keras.optimizers.schedules.CosineDecay(
+        highest / (warmup + 1), steps - warmup, warmup_target=highest, warmup_steps=warmup
     )

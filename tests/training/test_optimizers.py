@@ -155,6 +155,14 @@ def test_rate_of_the_wide_resnet_recipe_falls_at_named_epochs():
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.02, 0.02, 0.004, 0.004], rtol=1e-6)
 
 
+def test_the_learning_rate_grows_linearly_before_the_cosine_which_still_ends_with_the_last_epoch():
+    config = OptimizationConfig(learning_rate=0.6, schedule="cosine", learning_rate_warmup_epochs=0.5, epochs=3)
+    schedule = learning_rate_schedule(config, 10)
+    rates = [float(schedule(step)) for step in range(30)]
+    np.testing.assert_allclose(rates[:6], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(rates[5:], [0.3 * (1 + np.cos(np.pi * step / 25)) for step in range(25)], rtol=1e-5)
+
+
 @pytest.mark.parametrize("recipe", [{"decay_every": 25, "schedule": "steps"}, {"warmup_learning_rates": (0.4,)}])
 def test_a_run_too_short_for_its_first_change_keeps_one_rate(recipe):
     config = OptimizationConfig(**{"learning_rate": 0.4, "schedule": "constant", "epochs": 1, **recipe})
