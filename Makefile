@@ -110,7 +110,7 @@ test: setup ## run the tests
 test-backends: setup $(VENV)/jax/.ready ## run the conformance tests on the JAX backend of Keras
 	@echo "Running the conformance tests on JAX"
 	@KERAS_BACKEND=jax JAX_PLATFORMS=cpu PYTHONPATH="$$(cd "$(VENV)/jax" && pwd)" \
-		$(pytest) tests/test_conformance.py $(PYTEST_ARGS)
+		$(pytest) --dist=load tests/test_conformance.py $(PYTEST_ARGS) # one file, for all processes
 
 # `make test` runs the same tests in the TensorFlow of $(VENV).
 test-loaders: setup $(VENV)-loaders/.ready ## run exported models in the oldest TensorFlow and in OpenVINO

@@ -20,6 +20,9 @@ _BASELINE = flags.DEFINE_string(
     "baseline", None, "Folder of a run without attention, whose Grad-CAM stands beside the maps; else the model's own."
 )
 _REPORT = flags.DEFINE_string("report", None, "Folder for the report: index.html and metrics.json.")
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", None, "Folder for what is found, to keep it apart from another evaluation; by default the run's."
+)
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which images.")
 _SUITE = flags.DEFINE_list("suite", [], f"Which of {', '.join(evaluation.SUITES)}; all of them by default.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Attention maps and latents drawn for each image; 0 takes the means.")
@@ -46,6 +49,11 @@ def main(arguments):
             "Runs are compared in a report; name its folder with --report. "
             f"Received: compare={','.join(_COMPARE.value)}"
         )
+    if len(opened) > 1 and _OUTPUT_DIR.value is not None:
+        raise ValueError(
+            "What is found of several runs is kept in the folders of these: leave out --output_dir. "
+            f"Received: output_dir={_OUTPUT_DIR.value}, compare={','.join(_COMPARE.value)}"
+        )
     baseline = None
     if _BASELINE.value is not None:
         beside = command_line.open_run(_BASELINE.value, _DATA_DIR.value)
@@ -61,7 +69,7 @@ def main(arguments):
         beside = baseline if model.attention_names else None
         results = measure(run, config, model, suites, beside)
         print(evaluation.report.table(results))
-        file = run.path / ("_".join(["evaluation", _SPLIT.value, *_SUITE.value]) + ".json")
+        file = output_of(run) / ("_".join(["evaluation", _SPLIT.value, *_SUITE.value]) + ".json")
         evaluation.report.write_json(file, results, run=str(run.path), split=_SPLIT.value, best=run.best)
         print(f"\nSaved in {file}.")
         if _REPORT.value is not None:
@@ -85,9 +93,14 @@ def measure(run, config, model, suites, baseline):
         suites,
         baseline,
         options={name: values for name, values in options.items() if name in suites},
-        folder=run.path / "evaluation" / _SPLIT.value,
+        folder=output_of(run) / "evaluation" / _SPLIT.value,
         progress=Progress(data.num_examples(config.data.name, _SPLIT.value, config.data.data_dir)),
     )
+
+
+def output_of(run):
+    """The folder for what is found of a run."""
+    return run.path if _OUTPUT_DIR.value is None else files.path(_OUTPUT_DIR.value)
 
 
 def transfer_to(config):

@@ -39,6 +39,7 @@ DISTRIBUTIONS = {
     "grpc": "grpcio",
     "sklearn": "scikit-learn",
     "tensorflow_serving": "tensorflow-serving-api",
+    "yaml": "pyyaml",
 }
 # Needed without being imported by name.
 INDIRECT = {"tensorboard": "tf.summary", "importlib-resources": "TensorFlow Datasets, when it downloads"}

@@ -99,13 +99,16 @@ def test_evaluate_writes_a_report_that_compares_runs_and_goes_on_where_it_was(ru
     assert list(runs["digits"]["suites"]) == ["localisation", "robustness"]
 
 
-def test_evaluate_takes_a_split_a_suite_and_samples(run):
+def test_evaluate_takes_a_split_a_suite_samples_and_a_folder_of_its_own(run, tmp_path):
     folder, _ = run
-    result = script("evaluate", f"--run={folder}", "--split=validation", "--suite=accuracy", "--samples=2")
+    flags = ["--split=validation", "--suite=accuracy", "--samples=2", f"--output_dir={tmp_path / 'drawn'}"]
+    result = script("evaluate", f"--run={folder}", *flags)
     assert result.returncode == 0, result.stderr
-    saved = json.loads((folder / "evaluation_validation_accuracy.json").read_text())
+    saved = json.loads((tmp_path / "drawn" / "evaluation_validation_accuracy.json").read_text())
     assert list(saved["suites"]) == ["accuracy"]
     assert saved["suites"]["accuracy"]["samples"] == 2
+    assert (tmp_path / "drawn" / "evaluation" / "validation" / "accuracy.npz").exists()
+    assert not (folder / "evaluation" / "validation").exists()
 
 
 def test_visualize_draws_images_of_the_data_set(run):
