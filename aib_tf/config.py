@@ -205,8 +205,8 @@ class OptimizationConfig:
             self.schedule != "cosine" or self.learning_rate_warmup_epochs >= self.epochs
         ):
             raise ValueError(
-                "`learning_rate_warmup_epochs` goes with schedule=cosine, and must be less than `epochs`; other schedules "
-                "have warmup_learning_rates. Received: "
+                "`learning_rate_warmup_epochs` goes with schedule=cosine, and must be less than `epochs`; other "
+                "schedules have warmup_learning_rates. Received: "
                 f"learning_rate_warmup_epochs={self.learning_rate_warmup_epochs}, schedule={self.schedule}, "
                 f"epochs={self.epochs}"
             )
