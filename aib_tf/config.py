@@ -19,6 +19,7 @@ OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine", "steps")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "float64")
 JIT_COMPILE = ("auto", "true", "false")
+BAD_EXAMPLES = ("error", "skip")
 SELECT_ON = ("validation", "test")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
 # By what the learning rate is multiplied on n devices.
@@ -143,12 +144,22 @@ class ObjectiveConfig:
 class DataConfig:
     """Which images, and how they are fed."""
 
-    name: str = _setting("cluttered_digits", "Name of the data set.", flag="dataset")
+    name: str = _setting(
+        "cluttered_digits",
+        "Name of the data set; image_folder/FOLDER is a folder of pictures in data_dir.",
+        flag="dataset",
+    )
     data_dir: str | None = _setting(None, "Folder of prepared data sets; by default that of TensorFlow Datasets.")
+    bad_examples: str = _setting(
+        "error",
+        f"One of {', '.join(BAD_EXAMPLES)}: stop at an example that cannot be decoded, or has another label, size or "
+        "number of channels than the data set; or leave it out and say how many there were.",
+    )
     batch_size: int = _setting(32, "Images in a training step, on all devices together.")
     augment: bool = _setting(True, "Crop and flip training images at random, as far as the data set allows.")
 
     def __post_init__(self):
+        check_choice("bad_examples", self.bad_examples, BAD_EXAMPLES)
         check_count("batch_size", self.batch_size)
 
 
@@ -339,8 +350,9 @@ _SECTIONS = {
     "optimization": OptimizationConfig,
     "execution": ExecutionConfig,
 }
-# What may differ when a run is continued: where the data lies, and how it is computed.
-_NOT_PART_OF_A_RUN = ("data_dir", *(field.name for field in dataclasses.fields(ExecutionConfig)))
+# What may differ when a run is continued: where the data lies, whether the examples that stopped it are left out, and
+# how it is computed.
+_NOT_PART_OF_A_RUN = ("data_dir", "bad_examples", *(field.name for field in dataclasses.fields(ExecutionConfig)))
 
 
 def settings():

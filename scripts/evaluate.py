@@ -94,7 +94,7 @@ def measure(run, config, model, suites, baseline):
         baseline,
         options={name: values for name, values in options.items() if name in suites},
         folder=output_of(run) / "evaluation" / _SPLIT.value,
-        progress=Progress(data.num_examples(config.data.name, _SPLIT.value, config.data.data_dir)),
+        progress=Progress(number_of_images(config)),
     )
 
 
@@ -103,15 +103,27 @@ def output_of(run):
     return run.path if _OUTPUT_DIR.value is None else files.path(_OUTPUT_DIR.value)
 
 
+def number_of_images(config):
+    images = config.data
+    return data.num_examples(images.name, _SPLIT.value, images.data_dir, bad_examples=images.bad_examples)
+
+
 def transfer_to(config):
     """The data sets that are transferred to, and the classes that they share with that of the run."""
-    own = data.get(config.data.name).class_names
+    own = data.get(config.data.name, config.data.data_dir).class_names
     targets, classes = {}, {}
     for name in _TRANSFER_TO.value:
-        info = data.get(name)
+        info = data.get(name, config.data.data_dir)
         key = re.sub("[^a-z0-9_]", "_", name.lower())
         targets[key] = tuple(
-            data.load(name, split, training.measuring_batch(info), config.data.data_dir, normalize=False)
+            data.load(
+                name,
+                split,
+                training.measuring_batch(info),
+                config.data.data_dir,
+                normalize=False,
+                bad_examples=config.data.bad_examples,
+            )
             for split in ("train+validation", "test")
         )
         # Without any, there is nothing to ask the classifier itself about.
@@ -122,7 +134,7 @@ def transfer_to(config):
 
 def for_report(name, run, config, model, baseline, results, gallery):
     """The images of the report, which the first run chooses, and what it says of one run."""
-    info = data.get(config.data.name)
+    info = data.get(config.data.name, config.data.data_dir)
     gallery, maps = evaluation.report.gallery(
         training.subject(model, config, baseline),
         training.measured_images(config, _SPLIT.value),

@@ -6,7 +6,7 @@ python scripts/export.py --run=runs/digits --output=models/digits
 import command_line
 from absl import flags
 
-from aib_tf import export
+from aib_tf import data, export
 
 _RUN = flags.DEFINE_string("run", None, "Folder of the run.", required=True)
 _OUTPUT = flags.DEFINE_string(
@@ -34,7 +34,7 @@ def main(arguments):
         run.load_best(),
         _OUTPUT.value,
         _VERSION.value,
-        dataset=config.data.name,
+        dataset=data.get(config.data.name, config.data.data_dir),
         dtype=_DTYPE.value,
         image_dtype=_IMAGE_DTYPE.value,
         fast_convolutions=_FAST_CONVOLUTIONS.value,

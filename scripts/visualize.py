@@ -33,7 +33,7 @@ def main(arguments):
     default = run.path / ("pictures.png" if pictures else f"attention_{_SPLIT.value}.png")
     output = files.path(_OUTPUT.value or default)
     if pictures:
-        draw_pictures(model, data.get(config.data.name), pictures, output)
+        draw_pictures(model, data.get(config.data.name, config.data.data_dir), pictures, output)
     else:
         training.draw_attention(model, config, output, _SPLIT.value, _COUNT.value)
     print(f"Drawn in {output}.")

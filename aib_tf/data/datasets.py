@@ -1,12 +1,15 @@
 """The table of data sets: what the pipeline has to know about each of them.
 
-Another set that TFDS knows is one more entry; `resize` brings images of several sizes to one.
+Another set that TFDS knows is one more entry; `resize` brings images of several sizes to one. Folders of pictures have
+no entry: what there is to know is read from the folder.
 """
 
 import dataclasses
+import os
+import re
 from collections.abc import Mapping
 
-from aib_tf.data import class_names
+from aib_tf.data import class_names, image_folder, locations
 from aib_tf.validation import check_count
 
 
@@ -16,7 +19,8 @@ class DatasetInfo:
 
     Args:
         name: the name users type, such as `"cifar10"`; with the configuration behind a slash if
-            one was given, such as `"cluttered_digits/train600_validation100_test100_seed3"`.
+            one was given, such as `"cluttered_digits/train600_validation100_test100_seed3"`; or an
+            image folder, such as `"image_folder/pets"`.
         classes: number of classes, at least 2. Labels are 0 to classes - 1.
         image_shape: height, width and channels of an image as it is delivered.
         mean: mean of each channel over the pixels of the training images, pixels in [0, 1].
@@ -36,6 +40,11 @@ class DatasetInfo:
             is the centre. None: all images have `image_shape`.
         crop_to_box: whether augmentation begins with a crop to the box of the object, before
             `resize`. Without augmentation images stay whole.
+        features: field -> the TFDS feature it is read from, where that has another name.
+        gray_images: whether there are photographs of one channel among those of three, as the set
+            was published. They are delivered as three equal channels; elsewhere they are an error.
+        mask_threshold: value from which a pixel of a stored mask belongs to the object.
+        folder: of an image folder, its path, absolute or in the folder of all data sets.
 
     Raises:
         ValueError: if numbers do not fit together.
@@ -56,6 +65,10 @@ class DatasetInfo:
     module: str | None = None
     resize: tuple[int, int] | None = None
     crop_to_box: bool = False
+    features: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gray_images: bool = False
+    mask_threshold: int = 1
+    folder: str | None = None
 
     def __post_init__(self):
         check_count("classes", self.classes, minimum=2)
@@ -93,9 +106,30 @@ class DatasetInfo:
 # For sets without validation images of their own: the last tenth of the training images.
 _LAST_TENTH = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
 
-# The values in common use for CIFAR-10 and CIFAR-100; they let published weights be compared.
+# Those of CIFAR-100 as the released code of AIB has them, which takes them for CIFAR-10 too. They differ from other
+# published roundings in the last digit, and let published weights be compared.
 _CIFAR_MEAN = (0.5071, 0.4867, 0.4408)
 _CIFAR_STDDEV = (0.2675, 0.2565, 0.2761)
+
+# Those of ImageNet, which the weights that training may begin with have seen.
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STDDEV = (0.229, 0.224, 0.225)
+
+_SVHN = DatasetInfo(
+    name="svhn_cropped",
+    classes=10,
+    image_shape=(32, 32, 3),
+    # Not those of the images: the values of the released code of AIB, pixels from -1 to 1.
+    mean=(0.5, 0.5, 0.5),
+    stddev=(0.5, 0.5, 0.5),
+    splits=_LAST_TENTH,
+    class_names=tuple("0123456789"),
+    crop_padding=4,
+    # A mirrored 2 is no digit. The released code mirrors house numbers all the same.
+    horizontal_flip=False,
+    fields=("image", "label", "id"),
+    builder="svhn_cropped",
+)
 
 _TABLE = (
     DatasetInfo(
@@ -153,21 +187,9 @@ _TABLE = (
         fields=("image", "label", "id"),
         builder="cifar100",
     ),
-    DatasetInfo(
-        name="svhn_cropped",
-        classes=10,
-        image_shape=(32, 32, 3),
-        # Not those of the images: the values of the released code of AIB, pixels from -1 to 1.
-        mean=(0.5, 0.5, 0.5),
-        stddev=(0.5, 0.5, 0.5),
-        splits=_LAST_TENTH,  # without the 531,131 "extra" images
-        class_names=tuple("0123456789"),
-        crop_padding=4,
-        # A mirrored 2 is no digit. The released code mirrors house numbers all the same.
-        horizontal_flip=False,
-        fields=("image", "label", "id"),
-        builder="svhn_cropped",
-    ),
+    _SVHN,
+    # With the 531,131 easier images that the authors call extra. Those of validation are the same: a tenth of train.
+    dataclasses.replace(_SVHN, name="svhn_cropped_extra", splits={**_LAST_TENTH, "train": "train[:90%]+extra"}),
     DatasetInfo(
         # Coates et al., "An Analysis of Single-Layer Networks in Unsupervised Feature Learning" (AISTATS 2011), to
         # carry features of CIFAR-10 to: the same classes but one, from other photographs. 5,000 training and 8,000
@@ -191,41 +213,80 @@ _TABLE = (
         name="caltech_birds2011",
         classes=200,
         image_shape=(224, 224, 3),
-        # Those of ImageNet, which the weights that training begins with have seen.
-        mean=(0.485, 0.456, 0.406),
-        stddev=(0.229, 0.224, 0.225),
+        mean=_IMAGENET_MEAN,
+        stddev=_IMAGENET_STDDEV,
         splits=_LAST_TENTH,
         class_names=class_names.CALTECH_BIRDS2011,
         crop_padding=0,
         horizontal_flip=True,
-        fields=("image", "label", "bbox"),
+        fields=("image", "label", "bbox", "mask", "id"),
         builder="caltech_birds2011",
         resize=(256, 256),
         crop_to_box=True,
+        features={"mask": "segmentation_mask", "id": "image/filename"},
+        gray_images=True,
+        # Several people drew each outline, and a pixel is as bright as many of them agree: here, more than half.
+        mask_threshold=128,
     ),
 )
 
 DATASETS: Mapping[str, DatasetInfo] = {info.name: info for info in _TABLE}
 
 
-def get(name: str) -> DatasetInfo:
+_IMAGE_FOLDER = re.compile(r"image_folder(?:_([1-9]\d*))?/(.+)")
+
+
+def get(name: str, data_dir: str | os.PathLike | None = None) -> DatasetInfo:
     """Looks a data set up.
 
     Args:
         name: a key of `DATASETS`; a generated set may be followed by a slash and a configuration,
-            as in `"cluttered_digits/train600_validation100_test100_seed3"`.
+            as in `"cluttered_digits/train600_validation100_test100_seed3"`. Or a folder of pictures
+            in `data_dir`, such as `"image_folder/pets"`: images are resized to 256x256 and the
+            centre of 224x224 cut out, or with augmentation a random window; with a size, as in
+            `"image_folder_32/pets"`, they are resized to that and stay whole, and augmentation
+            shifts them by up to an eighth.
+        data_dir: folder of data sets as in `aib_tf.data.load`, where an image folder is looked for.
 
     Returns:
-        What the table says, with `name` and `builder` completed by the configuration.
+        What the table says, with `name` and `builder` completed by the configuration; or what an
+        image folder holds.
 
     Raises:
         ValueError: if there is no such data set; the message lists those that exist.
+        DatasetUnavailableError: if there is no such image folder.
     """
     if name in DATASETS:
         return DATASETS[name]
+    if match := _IMAGE_FOLDER.fullmatch(str(name)):
+        return _image_folder(name, match[1] and int(match[1]), match[2], data_dir)
     base, slash, configuration = str(name).partition("/")
     info = DATASETS.get(base)
     if info is None or not slash or not info.generated:
         known = ", ".join(sorted(DATASETS))
-        raise ValueError(f"The data sets are {known}. Received: name={name!r}")
+        raise ValueError(
+            f"The data sets are {known}, and image_folder/FOLDER for a folder of pictures. Received: name={name!r}"
+        )
     return dataclasses.replace(info, name=name, builder=f"{info.builder}/{configuration}")
+
+
+def _image_folder(name, size, folder, data_dir):
+    """The entry of a folder of pictures, whose classes are the folders in its train folder."""
+    names = image_folder.class_names(locations.folder_path(name, folder, data_dir))
+    side = size or 224
+    return DatasetInfo(
+        name=name,
+        classes=len(names),
+        image_shape=(side, side, 3),
+        mean=_IMAGENET_MEAN,
+        stddev=_IMAGENET_STDDEV,
+        splits={split: split for split in image_folder.SPLIT_FOLDERS},
+        class_names=names,
+        crop_padding=side // 8 if size else 0,
+        horizontal_flip=True,
+        fields=("image", "label", "id"),
+        builder="image_folder",
+        resize=(size, size) if size else (256, 256),
+        features={"id": "image/filename"},
+        folder=folder,
+    )

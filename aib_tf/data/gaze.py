@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from aib_tf.data.pipeline import DatasetUnavailableError, scale_and_offset
+from aib_tf.data.locations import DatasetUnavailableError
+from aib_tf.data.pipeline import scale_and_offset
 from aib_tf.validation import check_choice, check_count
 
 # JPEG leaves shades of grey around the white pixels of a picture of fixations.

@@ -25,30 +25,35 @@ def prepare(example: dict[str, tf.Tensor], info: datasets.DatasetInfo, augment: 
     """Brings one example of a set whose images differ in size to one size; others pass untouched.
 
     Args:
-        example: may hold image, uint8 (H, W, C) of any size, and bbox, float32 (4,), top, left,
-            bottom, right in shares of the image. With `augment`, a set with `crop_to_box` needs
-            both or neither. Other fields pass untouched.
+        example: may hold image, uint8 (H, W, C) of any size, mask, uint8 (H, W, 1), and bbox, float32 (4,), top,
+            left, bottom, right in shares of the image. With `augment`, a set with `crop_to_box` needs image and bbox
+            or none of the three. Other fields pass untouched.
         info: entry of the data set.
         augment: whether a random crop follows. Then the image is cut to the box of its object
             where `info.crop_to_box` says so, and resized to `info.resize`; otherwise the whole
             image is resized, and its centre of `info.image_shape` cut out.
 
     Returns:
-        As `example`: image, uint8 of `prepared_shape(info, augment)`, and bbox, float32 (4,), of
-        what is seen of the object, in shares of that image.
+        As `example`: image, uint8 of `prepared_shape(info, augment)`; mask, uint8 of that height and width, each pixel
+        that of the nearest one; and bbox, float32 (4,), of what is seen of the object, in shares of that image.
     """
     if info.resize is None:
         return example
     prepared = dict(example)
+    pictures = [field for field in ("image", "mask") if field in example]
     if augment and info.crop_to_box and "image" in example:
-        prepared["image"], prepared["bbox"] = _crop_to_box(example["image"], example["bbox"])
-    if "image" in prepared:
-        prepared["image"] = _resize(prepared["image"], info.resize)
+        start, end = _pixels_of_box(example["image"], example["bbox"])
+        for field in pictures:
+            prepared[field] = example[field][start[0] : end[0], start[1] : end[1]]
+        size = tf.shape(example["image"])[:2]
+        prepared["bbox"] = _boxes_in_window(example["bbox"], size, start, end - start)
+    for field in pictures:
+        prepared[field] = (_resize if field == "image" else _resize_mask)(prepared[field], info.resize)
     if not augment:
         height, width = info.image_shape[:2]
         top, left = (info.resize[0] - height) // 2, (info.resize[1] - width) // 2
-        if "image" in prepared:
-            prepared["image"] = prepared["image"][top : top + height, left : left + width]
+        for field in pictures:
+            prepared[field] = prepared[field][top : top + height, left : left + width]
         if "bbox" in prepared:
             prepared["bbox"] = _boxes_in_window(prepared["bbox"], info.resize, (top, left), (height, width))
     return prepared
@@ -179,19 +184,22 @@ def _reflected(positions: tf.Tensor, size: int) -> tf.Tensor:
     return (size - 1) - tf.abs((size - 1) - tf.abs(positions))
 
 
-def _crop_to_box(image, box):
-    """The whole pixels (at least one) nearest to a box, and the box in shares of them."""
+def _pixels_of_box(image, box):
+    """The whole pixels (at least one) nearest to a box: row and column of the first, and behind the last."""
     size = tf.shape(image)[:2]
     corners = tf.round(tf.reshape(box, (2, 2)) * tf.cast(size, box.dtype))
     start = tf.clip_by_value(tf.cast(corners[0], tf.int32), 0, size - 1)
-    end = tf.clip_by_value(tf.cast(corners[1], tf.int32), start + 1, size)
-    return image[start[0] : end[0], start[1] : end[1]], _boxes_in_window(box, size, start, end - start)
+    return start, tf.clip_by_value(tf.cast(corners[1], tf.int32), start + 1, size)
 
 
 def _resize(image, size):
     """Resizes a uint8 image as Pillow and torchvision do: bilinear, over a wider support when it shrinks."""
     resized = tf.image.resize(image, size, method="bilinear", antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
+
+
+def _resize_mask(mask, size):
+    return tf.image.resize(mask, size, method="nearest")
 
 
 def _boxes_in_window(boxes, image_size, origin, size):

@@ -16,26 +16,19 @@ of every batch (`Shards`): together they are, image by image, what a single proc
 
 import contextlib
 import dataclasses
-import importlib
 import os
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from aib_tf.data import datasets, geometry
+from aib_tf.data import datasets, geometry, reader
 from aib_tf.data.geometry import RANDOM_ALGORITHM
 from aib_tf.validation import check_count
 
 # Bytes of decoded examples that a split may take in memory. CIFAR-10 takes 0.15 of its 1 GiB, the training split of
 # caltech_birds2011 0.99.
 MEMORY_LIMIT = 2**30
-
-# Encoded examples to shuffle among when a split does not fit into memory.
-SHUFFLE_BUFFER = 10_000
 
 _DEFAULT_FIELDS = ("image", "label")
 
@@ -44,16 +37,6 @@ _ORDER = -1
 
 # Of a map over several examples or batches at a time.
 _IN_ORDER = {"num_parallel_calls": tf.data.AUTOTUNE, "deterministic": True}
-
-# Bytes of examples to decode at once, at most, on the way into memory.
-_CHUNK_BYTES = 2**25
-
-# Seconds to wait for an answer before a download. TFDS would try for minutes without a network.
-_NETWORK_TIMEOUT = 10.0
-
-
-class DatasetUnavailableError(FileNotFoundError):
-    """A data set is not where it was looked for, and could not be fetched."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +92,7 @@ def load(
     drop_remainder: bool = False,
     shards: Shards = _ALONE,
     memory_limit: int = MEMORY_LIMIT,
+    bad_examples: str = "error",
 ) -> tf.data.Dataset:
     """One epoch of a split, of known length, for `model.fit(load(...), epochs=6)`.
 
@@ -120,7 +104,7 @@ def load(
 
     Args:
         name: a data set of `aib_tf.data.DATASETS`, with a configuration behind a slash if it is
-            generated.
+            generated; or a folder of pictures in `data_dir`, such as `"image_folder/pets"` (`aib_tf.data.get`).
         split: `"train"`, `"validation"`, `"test"`, or a sum such as `"train+validation"`.
         batch_size: images a batch, at least 1.
         data_dir: folder of prepared TFDS data sets. None: that of TFDS, `$TFDS_DATA_DIR` or
@@ -135,7 +119,7 @@ def load(
             label, (B,) int64;
             bbox, (B, 4) float32 in [0, 1], top, left, bottom, right in shares of the delivered
                 image: what is seen of the object there, without area where that is nothing;
-            mask, (B, H, W, 1) uint8, 1 on the object; augmentation moves it with the image;
+            mask, (B, H, W, 1) uint8, 1 on the object; what is done to the image is done to it;
             id, (B,), int64 or string, where the example comes from.
         normalize: whether images are float32 of mean 0 and standard deviation 1 over the training
             images, or uint8.
@@ -143,13 +127,19 @@ def load(
             it is kept, in training too.
         shards: which shares of each batch to deliver; by default whole batches.
         memory_limit: bytes; a split that is larger when decoded is read from disk every time.
+        bad_examples: what to do about an example that cannot be decoded, or has another label, size or number of
+            channels than the data set: `"error"`, or `"skip"` to leave it out, counted in a warning. To know the
+            length of an epoch, skipping decodes the whole split once in a process before anything is delivered; what
+            is left out depends on the files alone.
 
     Returns:
         A data set of tuples (image, label) for the default fields, of dicts for any other.
 
     Raises:
         ValueError: for an unknown data set, split or field, or an impossible value.
-        DatasetUnavailableError: if the data is not there and cannot be fetched.
+        BadExampleError: for a bad example. That of a split that is larger than `memory_limit` is met on the way, and
+            is an error of TensorFlow's; `check_examples` names it.
+        DatasetUnavailableError: if the data is not there and cannot be fetched, or is damaged.
 
     Example:
         >>> train = load("cluttered_digits", "train", 64, shuffle=True, augment=True)
@@ -159,12 +149,12 @@ def load(
     `shuffle=False` tells Keras that it need not warn: shuffling a `tf.data.Dataset` is never its
     task.
     """
-    info = datasets.get(name)
-    fields = _check_fields(info, fields, augment)
+    info = datasets.get(name, data_dir)
+    fields = _check_fields(info, fields)
     check_count("batch_size", batch_size)
     shards.check_batch_size(batch_size)
     _check_seed(seed)
-    source = _source(info, split, fields, augment, data_dir, memory_limit)
+    source = _source(info, split, fields, augment, data_dir, memory_limit, bad_examples)
     batches = _Batches(source.examples, batch_size, drop_remainder, shards)
     epochs = tf.data.Dataset.from_tensors(tf.zeros((), tf.int64))
     if shuffle or augment:
@@ -199,6 +189,7 @@ def training_batches(
     drop_remainder: bool = False,
     shards: Shards = _ALONE,
     memory_limit: int = MEMORY_LIMIT,
+    bad_examples: str = "error",
 ) -> tf.data.Dataset:
     """All batches of the epochs `first_epoch` to `epochs - 1`, shuffled, in one data set.
 
@@ -220,6 +211,7 @@ def training_batches(
         drop_remainder: as in `load`.
         shards: as in `load`.
         memory_limit: as in `load`.
+        bad_examples: as in `load`.
 
     Returns:
         A data set of known or infinite length of tuples: images, float32 (B, H, W, C), normalised, and labels,
@@ -228,17 +220,18 @@ def training_batches(
 
     Raises:
         ValueError: for an unknown data set or split, or an impossible value.
-        DatasetUnavailableError: if the data is not there and cannot be fetched.
+        BadExampleError: as in `load`.
+        DatasetUnavailableError: if the data is not there and cannot be fetched, or is damaged.
     """
-    info = datasets.get(name)
-    fields = _check_fields(info, fields, augment)
+    info = datasets.get(name, data_dir)
+    fields = _check_fields(info, fields)
     check_count("batch_size", batch_size)
     shards.check_batch_size(batch_size)
     if epochs is not None:
         check_count("epochs", epochs, minimum=0)
     check_count("first_epoch", first_epoch, minimum=0, maximum=epochs)
     _check_seed(seed)
-    source = _source(info, split, fields, augment, data_dir, memory_limit)
+    source = _source(info, split, fields, augment, data_dir, memory_limit, bad_examples)
     batches = _Batches(source.examples, batch_size, drop_remainder, shards)
     check_count("skip_batches", skip_batches, minimum=0, maximum=batches.count)
     length = tf.data.INFINITE_CARDINALITY
@@ -264,10 +257,11 @@ def training_batches(
     )
 
 
-def num_examples(name: str, split: str, data_dir: str | os.PathLike | None = None) -> int:
+def num_examples(
+    name: str, split: str, data_dir: str | os.PathLike | None = None, *, bad_examples: str = "error"
+) -> int:
     """The number of examples of a split; arguments and errors as in `load`."""
-    info = datasets.get(name)
-    return _reader(info, split, ("label",), data_dir).examples
+    return _open(name, split, data_dir, bad_examples).examples
 
 
 def batches_per_epoch(
@@ -278,14 +272,18 @@ def batches_per_epoch(
     *,
     drop_remainder: bool = False,
     shards: Shards = _ALONE,
+    bad_examples: str = "error",
 ) -> int:
     """The number of batches of an epoch; arguments and errors as in `load`."""
     check_count("batch_size", batch_size)
     shards.check_batch_size(batch_size)
-    return _Batches(num_examples(name, split, data_dir), batch_size, drop_remainder, shards).count
+    examples = num_examples(name, split, data_dir, bad_examples=bad_examples)
+    return _Batches(examples, batch_size, drop_remainder, shards).count
 
 
-def label_counts(name: str, split: str, data_dir: str | os.PathLike | None = None) -> np.ndarray:
+def label_counts(
+    name: str, split: str, data_dir: str | os.PathLike | None = None, *, bad_examples: str = "error"
+) -> np.ndarray:
     """How many examples of each class a split has, without decoding images.
 
     Args and errors as in `load`.
@@ -293,9 +291,47 @@ def label_counts(name: str, split: str, data_dir: str | os.PathLike | None = Non
     Returns:
         int64 (classes,).
     """
-    info = datasets.get(name)
-    labels = _reader(info, split, ("label",), data_dir).read()["label"]
-    return np.bincount(labels, minlength=info.classes)
+    labels = _open(name, split, data_dir, bad_examples).read()["label"]
+    return np.bincount(labels, minlength=datasets.get(name, data_dir).classes)
+
+
+def check_examples(name: str, split: str, data_dir: str | os.PathLike | None = None) -> None:
+    """Decodes every example of a split once, to find those that training would stop at.
+
+    Args as in `load`.
+
+    Raises:
+        ValueError: for an unknown data set or split.
+        BadExampleError: if an example cannot be decoded, or has another label, size or number of channels than the
+            data set. The message names the first, `examples` has all.
+        DatasetUnavailableError: if the data is not there and cannot be fetched, or is damaged.
+    """
+    _open(name, split, data_dir).check()
+
+
+@contextlib.contextmanager
+def naming_bad_examples(
+    name: str, *splits: str, data_dir: str | os.PathLike | None = None, bad_examples: str = "error"
+):
+    """Around the reading of splits that do not fit into memory: an error there names the example it is about.
+
+    Args:
+        name: as in `load`.
+        *splits: those that are read.
+        data_dir: as in `load`.
+        bad_examples: as in `load`. With `"skip"` the error is about something else, and stays what it is.
+
+    Raises:
+        BadExampleError: in the place of TensorFlow's error, if `check_examples` finds a bad example.
+        DatasetUnavailableError: the same, if it finds damaged files.
+    """
+    try:
+        yield
+    except reader.READING_ERRORS:
+        if bad_examples == "error":
+            for split in splits:
+                check_examples(name, split, data_dir)
+        raise
 
 
 def normalize_images(images, info: datasets.DatasetInfo):
@@ -480,11 +516,11 @@ class _Batches:
 class _MemorySource:
     """A split as arrays in memory; a batch travels as the indices of its examples."""
 
-    def __init__(self, reader):
-        self.examples = reader.examples
+    def __init__(self, split):
+        self.examples = split.examples
         # On a machine with an accelerator too: a pipeline runs on the host.
         with tf.device("CPU:0"):
-            self._arrays = {field: tf.constant(array) for field, array in reader.read().items()}
+            self._arrays = {field: tf.constant(array) for field, array in split.read().items()}
 
     def epoch(self, order_seed, skip, batches):
         """Data set of (number of a share, indices of its examples) behind the first `skip` batches."""
@@ -517,9 +553,10 @@ class _MemorySource:
 class _StreamedSource:
     """A split on disk; examples are shuffled and skipped while encoded, then decoded."""
 
-    def __init__(self, reader):
-        self.examples = reader.examples
-        self._encoded, self._decode = reader.encoded()
+    def __init__(self, split):
+        self.examples = split.examples
+        self._shuffle_buffer = split.shuffle_buffer
+        self._encoded, self._decode = split.encoded()
 
     def epoch(self, order_seed, skip, batches):
         """Data set of (number of a share, dict of its examples) behind the first `skip` batches."""
@@ -530,7 +567,7 @@ class _StreamedSource:
             tf.compat.v1.get_default_graph().seed = None
             # The seed already is another one in every epoch.
             encoded = encoded.shuffle(
-                SHUFFLE_BUFFER,
+                self._shuffle_buffer,
                 seed=order_seed[0],
                 reshuffle_each_iteration=False,
             )
@@ -564,226 +601,25 @@ class _StreamedSource:
         return dict(batch)
 
 
-class _Reader:
-    """A split on disk."""
-
-    def __init__(self, info, builder, instruction, fields, augment):
-        self._info = info
-        self._builder = builder
-        self._instruction = instruction
-        self._fields = fields
-        self._augment = augment
-        self.examples = builder.info.splits[instruction].num_examples
-        # A crop to the box needs the box, and where it puts it depends on the size of the image.
-        both = {"image", "bbox"}
-        crops = augment and info.crop_to_box and not both.isdisjoint(fields)
-        self._sources = {*fields, *both} if crops else {*fields}
-
-    def decoded_bytes(self) -> int:
-        """Memory that the decoded examples take."""
-        return self.examples * self._example_bytes()
-
-    def read(self) -> dict[str, np.ndarray]:
-        """Decodes the whole split into arrays (examples, ...)."""
-        arrays = {}
-        count = 0
-        with self._explained():
-            examples = self._examples(decoded=self._sources).map(self._prepare, num_parallel_calls=tf.data.AUTOTUNE)
-            chunk_size = min(1_000, max(1, _CHUNK_BYTES // self._example_bytes()))
-            for chunk in examples.batch(chunk_size).prefetch(1).as_numpy_iterator():
-                stop = count + len(chunk[self._fields[0]])
-                if not arrays:
-                    arrays = {
-                        field: np.empty((self.examples, *values.shape[1:]), values.dtype)
-                        for field, values in chunk.items()
-                    }
-                for field, values in chunk.items():
-                    arrays[field][count:stop] = values
-                count = stop
-        return arrays
-
-    def encoded(self):
-        """A data set of examples with encoded images, and the function that decodes one."""
-        features = self._builder.info.features
-        images = self._images()
-
-        def decode(example):
-            return self._prepare(
-                {
-                    field: features[field].decode_example(value) if field in images else value
-                    for field, value in example.items()
-                }
-            )
-
-        with self._explained():
-            return self._examples(decoded=()), decode
-
-    def _example_bytes(self) -> int:
-        features = self._builder.info.features
-        shapes = {field: features[field].shape for field in self._fields}
-        if "image" in shapes:
-            shapes["image"] = geometry.prepared_shape(self._info, self._augment)
-        return sum(int(np.prod(shapes[field])) * np.dtype(features[field].np_dtype).itemsize for field in shapes)
-
-    def _prepare(self, example):
-        prepared = geometry.prepare(example, self._info, self._augment)
-        return {field: prepared[field] for field in self._fields}
-
-    def _images(self) -> set[str]:
-        import tensorflow_datasets as tfds
-
-        features = self._builder.info.features
-        return {field for field in features if isinstance(features[field], tfds.features.Image)}
-
-    def _examples(self, decoded):
-        """The examples with the fields that are needed, in the order of the files."""
-        import tensorflow_datasets as tfds
-
-        examples = self._builder.as_dataset(
-            split=self._instruction,
-            decoders={field: tfds.decode.SkipDecoding() for field in self._images() - {*decoded}},
-            # What stays in memory is decided here, by `memory_limit`.
-            read_config=tfds.ReadConfig(try_autocache=False),
-        )
-        return examples.map(lambda example: {field: example[field] for field in self._sources})
-
-    @contextlib.contextmanager
-    def _explained(self):
-        try:
-            yield
-        except (tf.errors.NotFoundError, tf.errors.DataLossError, AssertionError) as error:
-            raise _damaged(self._info, self._builder, error) from error
-
-
-def _source(info, split, fields, augment, data_dir, memory_limit):
+def _source(info, split, fields, augment, data_dir, memory_limit, bad_examples):
     """The examples of a split, in memory if they fit."""
     check_count("memory_limit", memory_limit, minimum=0)
-    reader = _reader(info, split, fields, data_dir, augment)
-    fits = reader.decoded_bytes() <= memory_limit
-    return _MemorySource(reader) if fits else _StreamedSource(reader)
+    opened = reader.open_split(info, split, data_dir, fields, augment, bad_examples)
+    fits = opened.decoded_bytes() <= memory_limit
+    return _MemorySource(opened) if fits else _StreamedSource(opened)
 
 
-def _reader(info, split, fields, data_dir, augment=False):
-    instruction = _instruction(info, split)  # Before data is fetched for a split there is not.
-    return _Reader(info, _builder(info, data_dir), instruction, fields, augment)
+def _open(name, split, data_dir, bad_examples="error"):
+    return reader.open_split(datasets.get(name, data_dir), split, data_dir, bad_examples=bad_examples)
 
 
-def _instruction(info: datasets.DatasetInfo, split: str) -> str:
-    """`"train+validation"` -> the TFDS instruction for it."""
-    parts = [part.strip() for part in str(split).split("+")]
-    if not set(parts) <= set(info.splits) or len(set(parts)) < len(parts):
-        known = ", ".join(info.splits)
-        raise ValueError(
-            f"The splits of {info.name} are {known}, and sums of different ones such as "
-            f"'train+validation'. Received: split={split!r}"
-        )
-    return "+".join(info.splits[part] for part in parts)
-
-
-def _check_fields(info, fields, augment) -> tuple[str, ...]:
+def _check_fields(info, fields) -> tuple[str, ...]:
     names = (fields,) if isinstance(fields, str) else tuple(fields)
     known = ", ".join(info.fields)
     if not names or not set(names) <= set(info.fields) or len(set(names)) < len(names):
         raise ValueError(f"The fields of {info.name} are {known}; each at most once. Received: fields={fields!r}")
-    if info.resize is not None and "mask" in names:
-        raise ValueError(
-            f"Images of {info.name} are resized, and masks are not: leave them out. Received: fields={fields!r}"
-        )
     return names
 
 
 def _check_seed(seed):
     check_count("seed", seed, minimum=0, maximum=2**63 - 1)
-
-
-def _builder(info: datasets.DatasetInfo, data_dir: str | os.PathLike | None):
-    """The TFDS builder of a data set whose files are there; they are fetched if need be.
-
-    Raises:
-        ValueError: if a generated set has no such configuration.
-        DatasetUnavailableError: if there are no files, and none can be made.
-    """
-    import tensorflow_datasets as tfds
-
-    if info.module is not None:
-        importlib.import_module(info.module)
-    if data_dir is not None:
-        data_dir = os.path.abspath(os.path.expanduser(os.fspath(data_dir)))
-        # Where nothing can be generated, a folder that does not exist is a mistyped one, and no
-        # reason to download everything again.
-        if not info.generated and not os.path.isdir(data_dir):
-            raise _unavailable(info, data_dir, "The folder does not exist.")
-
-    def open_builder():
-        if info.generated:
-            # As the code says. `tfds.builder` would take files of another version if it met some.
-            name, _, configuration = info.builder.partition("/")
-            return tfds.builder_cls(name)(data_dir=data_dir, config=configuration or None)
-        return tfds.builder(info.builder, data_dir=data_dir)
-
-    try:
-        builder = open_builder()
-    except (ImportError, ValueError):  # A missing dependency, an impossible configuration.
-        raise
-    except Exception as error:  # TFDS and protobuf have types of their own for unreadable files.
-        folder = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-        reason = f"Its description there cannot be read: {type(error).__name__}: {error}"
-        raise _unavailable(info, folder, reason) from error
-    if _is_prepared(builder):
-        return builder
-    if builder.data_path.exists():
-        raise _damaged(info, builder, "there is no dataset_info.json")
-    try:
-        if not info.generated:
-            _check_network(builder)
-        builder.download_and_prepare()
-    except Exception as error:
-        # TFDS writes to a folder of its own and renames it. Where another process was faster, the
-        # rename fails, and the data is there.
-        if not _is_prepared(builder):
-            folder = os.fspath(builder.data_dir_root)
-            reason = f"{type(error).__name__}: {error}"
-            raise _unavailable(info, folder, f"It could not be prepared: {reason}") from error
-    return open_builder()  # The first one may have been made before another process was done.
-
-
-def _is_prepared(builder) -> bool:
-    return (builder.data_path / "dataset_info.json").exists()
-
-
-def _check_network(builder):
-    """Raises within seconds what a download would raise after minutes of retries.
-
-    Raises:
-        OSError: if the server does not answer.
-    """
-    for url in builder.url_infos or ():
-        if urllib.parse.urlsplit(url).scheme in ("http", "https"):
-            with contextlib.suppress(urllib.error.HTTPError):  # any answer shows that there is a network
-                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_NETWORK_TIMEOUT).close()
-            return
-
-
-def _unavailable(info, folder, reason) -> DatasetUnavailableError:
-    if info.generated:
-        return DatasetUnavailableError(
-            f"The data set {info.name} is not in {folder}. {reason}\n"
-            "It is made on the spot and needs no network, but a folder that can be written: pass one as data_dir "
-            f"(--data_dir=DIR), or set TFDS_DATA_DIR. Received: data_dir={folder!r}"
-        )
-    return DatasetUnavailableError(
-        f"The data set {info.name} is not in {folder}. {reason}\n"
-        "To provide it, prepare it on a machine with a network:\n"
-        f'    python -c "import tensorflow_datasets as tfds; '
-        f"tfds.load('{info.builder}', data_dir='DIR')\"\n"
-        f"then copy DIR here and pass it as data_dir (--data_dir=DIR). "
-        f"Received: data_dir={folder!r}"
-    )
-
-
-def _damaged(info, builder, reason) -> DatasetUnavailableError:
-    return DatasetUnavailableError(
-        f"The files of {info.name} in {builder.data_dir} are incomplete or damaged: {reason}. "
-        "Remove this folder to have it prepared again, or copy it once more. "
-        f"Received: data_dir={os.fspath(builder.data_dir_root)!r}"
-    )

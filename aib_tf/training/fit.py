@@ -58,13 +58,14 @@ def fit(config, output_dir, verbose=1):
             attention to be trained towards maps that are not there, before anything is written.
         RunMismatchError: if the folder holds a run with another config.
         ClusterError: if devices or workers are not there, or are not alike, or one of them cannot start.
-        DatasetUnavailableError: if the images are not there and cannot be fetched.
+        BadExampleError: if an example cannot be used, and `config.data.bad_examples` is not "skip".
+        DatasetUnavailableError: if the images are not there and cannot be fetched, or are damaged.
         OSError: if the folder cannot be written to, or its disk has no room for the run.
         NonFiniteLossError: if the loss becomes NaN or infinite; what was saved stays.
         WorkerLostError: if another worker is gone; what was saved stays.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    info = data.get(config.data.name)
+    info = data.get(config.data.name, config.data.data_dir)
     look_up(config.model.name)
     workers = distribution.Workers(distribution.strategy(config.execution.strategy))
     with workers.watched():
@@ -148,6 +149,7 @@ class _Fit:
             config.data.batch_size,
             config.data.data_dir,
             shards=self.workers.shards,
+            bad_examples=config.data.bad_examples,
         )
         steps = config.execution.steps_per_execution
         if self.batches % steps:
@@ -232,10 +234,12 @@ class _Fit:
             data_dir=source.data_dir,
             fields=fields,
             shards=workers.shards,
+            bad_examples=source.bad_examples,
         )
         size = measuring_batch(self.info, workers.replicas)
+        options = {"bad_examples": source.bad_examples}
         selection = data.load(
-            source.name, config.select_on, size, source.data_dir, fields=fields, shards=workers.shards
+            source.name, config.select_on, size, source.data_dir, fields=fields, shards=workers.shards, **options
         )
         if self.maps is not None:
             stream, selection = with_maps(stream, self.maps), with_maps(selection, self.maps)
@@ -260,7 +264,7 @@ class _Fit:
             ),
         ]
         if workers.is_chief:
-            pictures = data.load(source.name, config.select_on, 8, source.data_dir, normalize=False)
+            pictures = data.load(source.name, config.select_on, 8, source.data_dir, normalize=False, **options)
             pictures = next(iter(pictures))[0].numpy()
             images = data.normalize_images(pictures, self.info)
             folder = self.folder.tensorboard_folder
@@ -287,17 +291,20 @@ class _Fit:
         if self.workers.replicas > 1:
             validation_steps = selection.cardinality().numpy() // self.workers.shards.count
             selection = selection.repeat()
-        self.model.fit(
-            self.workers.distribute(stream),
-            initial_epoch=first_epoch,
-            epochs=epochs,
-            steps_per_epoch=steps,
-            shuffle=False,  # Keras warns otherwise: a tf.data pipeline has its own order
-            validation_data=self.workers.distribute(selection),
-            validation_steps=validation_steps,
-            callbacks=callbacks,
-            verbose=self.verbose,
-        )
+        source = self.config.data
+        splits = _training_split(self.config), self.config.select_on
+        with data.naming_bad_examples(source.name, *splits, data_dir=source.data_dir, bad_examples=source.bad_examples):
+            self.model.fit(
+                self.workers.distribute(stream),
+                initial_epoch=first_epoch,
+                epochs=epochs,
+                steps_per_epoch=steps,
+                shuffle=False,  # Keras warns otherwise: a tf.data pipeline has its own order
+                validation_data=self.workers.distribute(selection),
+                validation_steps=validation_steps,
+                callbacks=callbacks,
+                verbose=self.verbose,
+            )
         if keeps_average(self.model):
             # At its end Keras leaves the average in the model; training goes on with the weights.
             self._restore()

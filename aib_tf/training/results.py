@@ -32,13 +32,15 @@ def measure(model, config, split="test", samples=None, suites=None, baseline=Non
     if suites is None:
         suites = evaluation.QUICK
         arguments.setdefault("options", {"accuracy": {"draws": ()}})
-    return evaluation.evaluate(
-        subject(model, config, baseline),
-        measured_images(config, split),
-        suites=suites,
-        samples=config.resolved().samples if samples is None else samples,
-        **arguments,
-    )
+    images = config.data
+    with data.naming_bad_examples(images.name, split, data_dir=images.data_dir, bad_examples=images.bad_examples):
+        return evaluation.evaluate(
+            subject(model, config, baseline),
+            measured_images(config, split),
+            suites=suites,
+            samples=config.resolved().samples if samples is None else samples,
+            **arguments,
+        )
 
 
 def subject(model, config, baseline=None):
@@ -52,15 +54,15 @@ def subject(model, config, baseline=None):
     Returns:
         An `aib_tf.evaluation.Subject`.
     """
-    info = data.get(config.data.name)
+    info = _info(config)
     return evaluation.Subject(model, mean=info.mean, stddev=info.stddev, baseline=baseline)
 
 
 def measured_images(config, split="test"):
     """The images of a split as the evaluation takes them: dicts of all that the data set knows of them."""
-    batch = measuring_batch(data.get(config.data.name))
+    batch = measuring_batch(_info(config))
     fields = _fields(config, "image", "label", "bbox", "mask")
-    return data.load(config.data.name, split, batch, config.data.data_dir, fields=fields)
+    return _load(config, split, batch, fields=fields)
 
 
 def draw_attention(model, config, path, split="test", count=16):
@@ -73,9 +75,9 @@ def draw_attention(model, config, path, split="test", count=16):
         split: "train", "validation" or "test".
         count: number of images.
     """
-    info = data.get(config.data.name)
+    info = _info(config)
     fields = _fields(config, "image", "label", "bbox")
-    dataset = data.load(config.data.name, split, count, config.data.data_dir, fields=fields, normalize=False)
+    dataset = _load(config, split, count, fields=fields, normalize=False)
     batch = next(iter(dataset))
     batch = batch if isinstance(batch, dict) else dict(zip(fields, batch, strict=True))
     batch = {name: value.numpy() for name, value in batch.items()}
@@ -113,6 +115,15 @@ def attention_figure(model, pictures, images, **titles):
     )
 
 
+def _info(config):
+    return data.get(config.data.name, config.data.data_dir)
+
+
+def _load(config, split, batch_size, **options):
+    images = config.data
+    return data.load(images.name, split, batch_size, images.data_dir, bad_examples=images.bad_examples, **options)
+
+
 def _fields(config, *wanted):
-    available = data.get(config.data.name).fields
+    available = _info(config).fields
     return tuple(field for field in wanted if field in available)

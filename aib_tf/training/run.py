@@ -184,6 +184,8 @@ class Run:
     def create(self, config, replicas=1):
         """Writes config.json, unless the run is there already, and removes what a killed process left half-written.
 
+        A run that a bad example stopped may go on without it: config.json is then changed, which the evaluation reads.
+
         Args:
             config: the resolved `Config`.
             replicas: on how many devices it is computed.
@@ -216,6 +218,10 @@ class Run:
                     "platform": platform.platform(),
                 },
             }
+            files.write_json(self.config_file, record)
+        elif self.config.data.bad_examples != config.data.bad_examples:
+            record = json.loads(self.config_file.read_text(encoding="utf-8"))
+            record["config"]["data"]["bad_examples"] = config.data.bad_examples
             files.write_json(self.config_file, record)
 
     @contextlib.contextmanager

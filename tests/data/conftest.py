@@ -9,6 +9,7 @@ from aib_tf import data
 TINY = "cluttered_digits/train60_validation20_test20_seed3"
 
 TRAIN, TEST = 20, 6  # examples of each stand-in
+EXTRA = 8  # of that for svhn_cropped, after them
 
 
 @pytest.fixture(scope="session")
@@ -38,16 +39,24 @@ def _small_example(number):
     return {"image": small_image(number), "label": number % 10, "id": f"{number:05d}"}
 
 
+def bird_mask(number):
+    """What people agree on to be the bird: all on its rectangle, few of them on the rest of the image."""
+    image, (top, left, bottom, right) = bird(number)
+    mask = np.full((*image.shape[:2], 1), 51, np.uint8)
+    mask[top:bottom, left:right] = 204
+    return mask
+
+
 def _bird_example(number):
     image, (top, left, bottom, right) = bird(number)
     height, width, _ = image.shape
     return {
         "image": image,
-        "image/filename": f"{number}.jpg",
+        "image/filename": f"{number:05d}.jpg",
         "label": 9 * number % 200,
         "label_name": "bird",
         "bbox": tfds.features.BBox(ymin=top / height, xmin=left / width, ymax=bottom / height, xmax=right / width),
-        "segmentation_mask": np.zeros((height, width, 1), np.uint8),
+        "segmentation_mask": bird_mask(number),
     }
 
 
@@ -63,9 +72,11 @@ def published_dir(tmp_path_factory):
     }
     for name, example in examples.items():
         builder = tfds.builder(name, data_dir=folder)
-        builder._split_generators = lambda downloads, example=example: {
-            "train": ((number, example(number)) for number in range(TRAIN)),
-            "test": ((number, example(number)) for number in range(TRAIN, TRAIN + TEST)),
+        numbers = {"train": range(TRAIN), "test": range(TRAIN, TRAIN + TEST)}
+        if name == "svhn_cropped":
+            numbers["extra"] = range(TRAIN + TEST, TRAIN + TEST + EXTRA)
+        builder._split_generators = lambda downloads, example=example, numbers=numbers: {
+            split: ((number, example(number)) for number in range_) for split, range_ in numbers.items()
         }
         builder.download_and_prepare()
     return folder

@@ -15,7 +15,9 @@ def test_every_entry_is_found_by_its_name(name):
 
 
 def test_an_unknown_name_gets_the_list_of_names():
-    with pytest.raises(ValueError, match=f"{', '.join(sorted(data.DATASETS))}. Received: name='mnist'"):
+    with pytest.raises(
+        ValueError, match=f"{', '.join(sorted(data.DATASETS))}, and image_folder/FOLDER.*Received: name='mnist'"
+    ):
         data.get("mnist")
 
 

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from aib_tf import data
-from aib_tf.data import pipeline
+from aib_tf.data import reader
 from tests.data.windows import windows_of
 
 TINY = "cluttered_digits/train60_validation20_test20_seed3"
@@ -218,7 +218,7 @@ def test_counts_agree_with_the_data(data_dir):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"name": "mnist"}, "cifar10, cifar100, cluttered_digits.*Received: name='mnist'"),
+        ({"name": "mnist"}, "cifar10, cifar100, cluttered_digits.*image_folder/FOLDER.*Received: name='mnist'"),
         ({"split": "dev"}, "train, validation, test.*Received: split='dev'"),
         ({"split": "train+train"}, "Received: split='train\\+train'"),
         ({"split": ""}, "Received: split=''"),
@@ -228,6 +228,7 @@ def test_counts_agree_with_the_data(data_dir):
         ({"fields": ("image", "depth")}, "image, label, bbox, mask, id.*Received: fields="),
         ({"fields": ()}, "Received: fields="),
         ({"memory_limit": -1}, "Received: memory_limit=-1"),
+        ({"bad_examples": "ignore"}, "error, skip. Received: bad_examples='ignore'"),
     ],
 )
 def test_an_impossible_argument_is_named(data_dir, arguments, message):
@@ -261,14 +262,18 @@ def test_data_that_cannot_be_fetched_is_asked_for_within_seconds(tmp_path, monke
     with pytest.raises(data.DatasetUnavailableError) as caught:
         data.load("cifar10", "train", 8, tmp_path)
     assert time.monotonic() - begin < 20
-    for part in ("cifar10", str(tmp_path), "machine with a network", "--data_dir"):
+    address = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+    archive = f"{tmp_path}/downloads/manual/cifar-10-binary.tar.gz"
+    for part in ("cifar10", f"{address} does not answer", f"{address}\n    as {archive}", "machine with a network"):
         assert part in str(caught.value)
+    assert "--data_dir=DIR). Or put" in str(caught.value) and f"Received: data_dir='{tmp_path}'" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_download_is_not_tried_when_its_server_is_away(monkeypatch):
     class Builder:
         url_infos = {"https://example.org/data.tar.gz": None}
+        data_dir_root = "data"
 
     def no_network(request, timeout):
         assert timeout <= 10
@@ -276,8 +281,8 @@ def test_the_download_is_not_tried_when_its_server_is_away(monkeypatch):
         raise urllib.error.URLError(f"no route to {request.full_url}")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    with pytest.raises(OSError, match=r"example\.org"):
-        pipeline._check_network(Builder())
+    with pytest.raises(OSError, match=r"https://example\.org/data\.tar\.gz does not answer"):
+        reader._check_network(Builder())
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from aib_tf import data
-from aib_tf.data import geometry, pipeline
-from tests.data.conftest import TEST, TRAIN, bird, small_image
+from aib_tf.data import geometry, reader
+from tests.data.conftest import EXTRA, TEST, TRAIN, bird, small_image
 from tests.data.test_geometry import rectangle_of
 from tests.data.windows import windows_of
 
@@ -77,6 +77,41 @@ def test_small_images_are_delivered_as_stored_and_augmented_by_windows_of_them(n
         for image, crop in zip(stored["image"], augmented["image"], strict=True)
     ]
     assert any(mirrored) == (name == "cifar100")  # A digit never is.
+
+
+def test_the_extra_house_numbers_are_for_training_alone(published_dir):
+    plain, extra = (
+        {
+            split: [int(text) for text in batches_of(name, split, published_dir, ("id",))["id"]]
+            for split in ("train", "validation", "test")
+        }
+        for name in ("svhn_cropped", "svhn_cropped_extra")
+    )
+    assert extra["validation"] == plain["validation"] and extra["test"] == plain["test"]
+    assert sorted(extra["train"]) == sorted([*plain["train"], *range(TRAIN + TEST, TRAIN + TEST + EXTRA)])
+    assert data.num_examples("svhn_cropped_extra", "train", published_dir) == len(extra["train"])
+    infos = [dataclasses.asdict(data.get(name)) for name in ("svhn_cropped", "svhn_cropped_extra")]
+    assert {field for field in infos[0] if infos[0][field] != infos[1][field]} == {"name", "splits"}
+
+
+@both_sources
+@pytest.mark.parametrize("augment", [False, True])
+def test_masks_of_birds_stay_on_the_birds(published_dir, memory_limit, augment):
+    fields = ("image", "mask", "bbox")
+    options = {"augment": augment, "memory_limit": memory_limit}
+    birds = batches_of("caltech_birds2011", "train", published_dir, fields, **options)
+    masks = birds["mask"]
+    assert masks.shape == (*birds["image"].shape[:3], 1) and masks.dtype == np.uint8
+    assert set(np.unique(masks)) <= {0, 1}
+    # A bird is bright, and what surrounds it dark; they blend where an image of 60 became one of 256.
+    bright = birds["image"].mean(-1, keepdims=True) > 110
+    assert (masks == bright).mean() > 0.97
+    if augment:  # cut to the bird
+        assert masks.all()
+    else:
+        assert 0.1 < masks.mean() < 0.9
+    alone = batches_of("caltech_birds2011", "train", published_dir, ("mask",), **options)
+    np.testing.assert_array_equal(alone["mask"], masks)
 
 
 def test_images_of_stl10_are_delivered_as_stored_and_share_classes_with_cifar10(published_dir):
@@ -187,8 +222,8 @@ def test_a_stream_of_birds_differs_between_epochs_and_goes_on_bit_for_bit(publis
 
 def test_the_memory_that_images_take_is_known_before_they_are_decoded(published_dir, small_birds):
     for augment, pixels in ((False, 16 * 20), (True, 20 * 26)):
-        reader = pipeline._reader(small_birds, "train", small_birds.fields, published_dir, augment)
-        arrays = reader.read()
+        split = reader.open_split(small_birds, "train", published_dir, small_birds.fields, augment)
+        arrays = split.read()
         assert set(arrays) == set(small_birds.fields)
-        assert reader.decoded_bytes() == sum(array.nbytes for array in arrays.values())
+        assert split.decoded_bytes() == sum(array.nbytes for array in arrays.values())
         assert arrays["image"].nbytes == TRAIN * 9 // 10 * 3 * pixels

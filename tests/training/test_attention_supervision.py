@@ -212,11 +212,13 @@ class TestMaps:
 
     def test_masks_come_before_boxes_and_without_either_there_is_an_error(self):
         assert supervision.maps_field(data.get("cluttered_digits"), augment=True) == "mask"
-        assert supervision.maps_field(data.get("caltech_birds2011"), augment=False) == "bbox"
+        assert supervision.maps_field(data.get("caltech_birds2011"), augment=True) == "mask"
+        birds = dataclasses.replace(data.get("caltech_birds2011"), fields=("image", "label", "bbox"))
+        assert supervision.maps_field(birds, augment=False) == "bbox"
         with pytest.raises(ValueError, match=r"has neither.*Received: dataset=cifar10"):
             supervision.maps_field(data.get("cifar10"), augment=False)
         with pytest.raises(ValueError, match=r"cuts the images.*Received: augment=True"):
-            supervision.maps_field(data.get("caltech_birds2011"), augment=True)
+            supervision.maps_field(birds, augment=True)
 
     def test_a_box_is_the_pixels_whose_centres_it_holds(self):
         boxes = np.float32([[0, 0, 1, 1], [0.25, 0.5, 0.75, 1], [0.5, 0.5, 0.5, 0.5], [0.2, 0, 1, 0.3]])
@@ -238,7 +240,7 @@ class TestMaps:
         name = tiny().data.name
         # The table augments digits by nothing; here they are cropped and mirrored.
         info = dataclasses.replace(data.get(name), crop_padding=4, horizontal_flip=True)
-        monkeypatch.setattr(data.datasets, "get", lambda _: info)
+        monkeypatch.setattr(data.datasets, "get", lambda *_: info)
         arguments = {"seed": 0, "epochs": 1, "data_dir": data_dir, "memory_limit": memory_limit}
         batches = [
             data.training_batches(name, "train", 16, fields=("image", "mask"), augment=augment, **arguments)

@@ -255,7 +255,7 @@ def _trained(name, row, common, seeds, evaluate):
         with_seed = {**flags, "seed": seed}
         try:
             config = Config.from_flat(with_seed).resolved()
-            data.get(config.data.name)
+            data.get(config.data.name, config.data.data_dir)
         except ValueError as error:
             raise ValueError(f"Row {name!r}: {error}") from None
         cells.append(Cell(name, seed, folder, with_seed, config, evaluate, folder))
