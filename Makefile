@@ -39,7 +39,7 @@ compiled := aib_tf/ops/_build.json
 compiled_for := $(VENV) $(AIB_TF_CUDA) $(AIB_TF_CUDA_ARCHITECTURES)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup train evaluate test test-backends test-bazel test-large test-loaders
+.PHONY: docs tutorial help setup train evaluate test test-backends test-bazel test-large test-loaders
 .PHONY: test-native test-versions test-wheel lint format lock benchmark benchmark-scaling precision soak clean
 
 help: ## list the commands
@@ -93,6 +93,14 @@ $(VENV)-loaders/.ready: requirements/loaders.txt | $(VENV)/.packages
 	@rm -f "$@"
 	@$(python) -m venv --clear "$(VENV)-loaders"
 	@"$(VENV)-loaders/bin/python" -m pip --disable-pip-version-check -qq install -r requirements/loaders.txt
+	@touch "$@"
+
+# An environment of its own, since the site is made from the sources alone.
+$(VENV)-docs/.ready: requirements/docs.txt | $(VENV)/.packages
+	@echo "Installing the packages of requirements/docs.txt into $(VENV)-docs: half a minute, once"
+	@rm -f "$@"
+	@$(python) -m venv --clear "$(VENV)-docs"
+	@"$(VENV)-docs/bin/python" -m pip --disable-pip-version-check -qq install -r requirements/docs.txt
 	@touch "$@"
 
 train: setup ## train the default model on handwritten digits, and draw where it looks
@@ -168,6 +176,15 @@ format: setup ## rewrite the code in the project's style
 	@$(python) -m ruff check --fix .
 	@$(python) -m ruff format .
 
+# The theme announces its successor on each build.
+docs: $(VENV)-docs/.ready ## build the documentation as a site, .build/site/index.html, and check its links
+	@echo "Building .build/site"
+	@NO_MKDOCS_2_WARNING=1 "$(VENV)-docs/bin/python" -m mkdocs --quiet build --strict
+
+tutorial: setup ## run docs/tutorial.ipynb from top to bottom and keep what it shows: a few minutes
+	@echo "Running docs/tutorial.ipynb"
+	@$(python) docs/run_tutorial.py
+
 lock: setup ## write the exact versions of requirements/ from pyproject.toml
 	@echo "Resolving the versions of requirements/"
 	@$(uv) pyproject.toml --group dev --output-file requirements/lock.txt >/dev/null
@@ -178,6 +195,7 @@ lock: setup ## write the exact versions of requirements/ from pyproject.toml
 		--no-emit-package opt-einsum --no-emit-package scipy \
 		--output-file requirements/jax.txt >/dev/null
 	@$(uv) --group loaders --no-annotate --output-file requirements/loaders.txt >/dev/null
+	@$(uv) --group docs --no-annotate --output-file requirements/docs.txt >/dev/null
 
 benchmark: setup ## measure the input pipeline, a training step, an exported model and the compiled op
 	@echo "Measuring the input pipeline"
@@ -202,7 +220,7 @@ precision: setup ## train the default model in half precision and with XLA: abou
 
 clean: ## remove what these commands installed or cached; trained models stay
 	@echo "Removing environments, builds and caches"
-	@rm -rf "$(VENV)" "$(VENV)-loaders" "$(VENV)-oldest" .build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf "$(VENV)" "$(VENV)-docs" "$(VENV)-loaders" "$(VENV)-oldest" .build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
 	@if [ -L bazel-out ]; then $(BAZEL) clean --expunge; fi
 	@rm -f aib_tf/ops/_build.json aib_tf/ops/*.so aib_tf/ops/*.partial
 	@find aib_tf benchmarks custom_ops scripts tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -26,6 +26,7 @@ DEVELOPMENT = [Requirement(line) for line in PROJECT["dependency-groups"]["dev"]
 
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 PYTHONS_OF_LOCK = {
+    "docs.txt": range(10, 14),
     "lock.txt": range(10, 14),
     "jax.txt": range(10, 14),
     "loaders.txt": range(10, 14),
