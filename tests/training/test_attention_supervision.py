@@ -307,7 +307,6 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(finished, tmp_path, monke
     ("flags", "message"),
     [
         ({"dataset": "cifar10"}, "cifar10 has neither"),
-        ({"dataset": "caltech_birds2011", "model": "vgg16_cub_aib"}, "cuts the images"),
         ({"model": "vgg"}, "Only a model with attention"),
     ],
 )
