@@ -88,13 +88,13 @@ class Processes:
             StoppedError: A signal came before the command was started.
             OSError: It cannot be started, or the file cannot be written.
         """
-        self._check_asked()
+        self.check_signal()
         with open(log, "ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
             start = output.tell()
             with self._lock:
-                self._check_asked()  # from here on, a signal reaches the process
+                self.check_signal()  # from here on, a signal reaches the process
                 # The kernel counts the peak of this process, which it is forked from, as its own.
                 floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 began = time.monotonic()
@@ -115,7 +115,8 @@ class Processes:
         peak = usage.ru_maxrss * _MAXRSS_UNIT if usage.ru_maxrss > floor else None
         return Ended(process.returncode, seconds, peak, _last_lines(log, start))
 
-    def _check_asked(self):
+    def check_signal(self):
+        """Raises StoppedError after a signal that asked to stop."""
         if self.signal is not None:
             raise StoppedError(self.signal)
 

@@ -160,6 +160,7 @@ class _Execution:
     def _advance(self, cells, processes, total):
         """Trains one run and evaluates it for every row that asks for it."""
         name = cells[0].run
+        processes.check_signal()
         try:
             self._train(cells[0], processes)
             # Rows that ask for the same evaluation find the first one's.
