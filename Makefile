@@ -179,7 +179,7 @@ format: setup ## rewrite the code in the project's style
 # The theme announces its successor on each build.
 docs: $(VENV)-docs/.ready ## build the documentation as a site, .build/site/index.html, and check its links
 	@echo "Building .build/site"
-	@NO_MKDOCS_2_WARNING=1 "$(VENV)-docs/bin/python" -m mkdocs --quiet build --strict
+	@NO_MKDOCS_2_WARNING=1 "$(VENV)-docs/bin/python" -m mkdocs build --strict
 
 tutorial: setup ## run docs/tutorial.ipynb from top to bottom and keep what it shows: a few minutes
 	@echo "Running docs/tutorial.ipynb"
@@ -223,4 +223,4 @@ clean: ## remove what these commands installed or cached; trained models stay
 	@rm -rf "$(VENV)" "$(VENV)-docs" "$(VENV)-loaders" "$(VENV)-oldest" .build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
 	@if [ -L bazel-out ]; then $(BAZEL) clean --expunge; fi
 	@rm -f aib_tf/ops/_build.json aib_tf/ops/*.so aib_tf/ops/*.partial
-	@find aib_tf benchmarks custom_ops scripts tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	@find aib_tf benchmarks custom_ops docs scripts tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -7,6 +7,7 @@ the notebook is a page like the others.
 import ast
 import base64
 import json
+import logging
 import posixpath
 import re
 from html.parser import HTMLParser
@@ -34,6 +35,12 @@ _CODE_OR_LINK = re.compile(
     r"(?P<start>!?\[(?P<text>[^\[\]]*)\]\()(?P<target>[^()\s]+)\)|(?P<less><)",
     re.DOTALL | re.MULTILINE,
 )
+
+
+def on_startup(command, dirty):
+    """Shows a build's warnings and errors alone; --quiet would also keep the warnings from --strict."""
+    if command == "build":
+        logging.getLogger("mkdocs").setLevel(logging.WARNING)
 
 
 @event_priority(100)  # before the plugins, which read the pages

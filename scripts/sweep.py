@@ -1,6 +1,6 @@
 """Runs or resumes a sweep, and writes its table.
 
-python scripts/sweep.py --file=configs/sweeps/cifar10.yaml --output_dir=runs/cifar10 --jobs=2
+python scripts/sweep.py --file=configs/sweeps/cifar10.yaml --output_dir=runs/cifar10_sweep --jobs=2
 
 Each row of the file is trained with each seed by scripts/train.py into OUTPUT_DIR/ROW-SEED and measured by
 scripts/evaluate.py, in processes of their own; what is there is not run again. OUTPUT_DIR/table.md, table.json and

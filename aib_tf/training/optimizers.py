@@ -190,7 +190,7 @@ def learning_rate_schedule(config, steps_per_epoch):
 
 def _cosine(config, steps_per_epoch):
     steps, highest = config.epochs * steps_per_epoch, config.learning_rate
-    warmup = round(config.learning_rate_warmup_epochs * steps_per_epoch)
+    warmup = min(round(config.learning_rate_warmup_epochs * steps_per_epoch), steps - 1)  # one is left to the cosine
     if not warmup:
         return keras.optimizers.schedules.CosineDecay(highest, steps)
     # The first step, number 0, is to move the weights too.

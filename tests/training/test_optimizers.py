@@ -163,6 +163,12 @@ def test_the_learning_rate_grows_linearly_before_the_cosine_which_still_ends_wit
     np.testing.assert_allclose(rates[5:], [0.3 * (1 + np.cos(np.pi * step / 25)) for step in range(25)], rtol=1e-5)
 
 
+def test_a_warm_up_of_nearly_all_epochs_leaves_the_cosine_a_step():
+    config = OptimizationConfig(learning_rate=0.5, schedule="cosine", learning_rate_warmup_epochs=0.99, epochs=1)
+    schedule = learning_rate_schedule(config, 5)
+    np.testing.assert_allclose([float(schedule(step)) for step in range(5)], [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("recipe", [{"decay_every": 25, "schedule": "steps"}, {"warmup_learning_rates": (0.4,)}])
 def test_a_run_too_short_for_its_first_change_keeps_one_rate(recipe):
     config = OptimizationConfig(**{"learning_rate": 0.4, "schedule": "constant", "epochs": 1, **recipe})

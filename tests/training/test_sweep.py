@@ -222,6 +222,7 @@ def test_a_row_that_looks_at_another_has_folders_for_results_where_it_evaluates_
         ("plain: {model: vgg}", "plain: {model: vgg}\n      plain: {model: vgg}", "twice.*Received: plain in line"),
         ("plain: {model: vgg}", "plain: vgg", "Row 'plain' must be a mapping.*Received: 'vgg'"),
         ("beta: 0.1}", "beta: 0.1, run: plain}", "leave out `run` or the flags. Received: model, beta"),
+        ("{model: vgg_aib, beta: 0.1}", "{run: [plain]}", "one of plain. Received: run="),
         ("{model: vgg_aib, beta: 0.1}", "{run: other}", "one of plain. Received: run='other'"),
         ("{model: vgg_aib, beta: 0.1}", "{run: plain, seeds: [7]}", r"only \[0, 1\]. Received: seeds=\[7\]"),
         ("    columns:", "    evaluate: {suite: speed}\n    columns:", "suites must be one or more.*speed"),
@@ -394,6 +395,64 @@ def test_results_that_were_there_before_are_not_counted_as_found_in_no_time(work
     workplace.execute(planned)
     assert workplace.record("aib-0")["evaluation"]["seconds"] is None
     assert workplace.record("aib-1")["evaluation"]["seconds"] > 0
+
+
+def test_rows_that_look_at_a_run_are_evaluated_also_where_its_own_evaluation_fails(workplace):
+    text = EVALUATED.replace("    columns:", "      drawn: {run: aib, evaluate: {samples: 4}}\n    columns:")
+    planned = workplace.prepare(text)
+    (workplace.prepared / "aib-0.evaluate").write_text("crash")
+    failures, calls = workplace.execute(planned)
+    assert list(failures) == ["aib-0"] and "evaluate drawn-0" in calls
+    table = workplace.table(planned, failures=failures)
+    assert table["aib"]["seeds"] == "1" and table["drawn"]["seeds"] == "0, 1"
+
+
+def test_results_that_somebody_has_overwritten_are_not_shown_but_found_again(workplace):
+    planned = workplace.prepare(EVALUATED)
+    workplace.execute(planned)
+    write_json(workplace.runs / "aib-0" / "evaluation_test_accuracy.json", result(top_1=(0.1, 0.1, 0.1), samples=4))
+    assert workplace.table(planned)["aib"]["seeds"] == "1"
+    assert workplace.execute(planned) == ({}, ["evaluate aib-0"])
+    assert workplace.table(planned)["aib"]["test error, %"] == "20 (20 to 20)"
+
+
+def test_the_time_of_evaluating_another_model_is_not_counted(workplace):
+    planned = workplace.prepare(EVALUATED)
+    workplace.execute(planned)
+    record = workplace.record("aib-1")
+    record["evaluation"]["seconds"] = 1e6
+    (workplace.runs / "aib-1" / "sweep.json").write_text(json.dumps(record))
+    (workplace.runs / "aib-1" / "best.keras").write_bytes(b"another model")
+    workplace.execute(planned)
+    assert 0 < workplace.record("aib-1")["evaluation"]["seconds"] < 1e6
+
+
+def test_the_folder_of_one_run_is_not_taken_for_that_of_a_sweep(workplace):
+    planned = workplace.prepare(BASIC)
+    write_run(workplace.runs, planned.cells[0])
+    with pytest.raises(RunMismatchError, match="is the folder of one run"):
+        workplace.execute(planned)
+
+
+def test_a_signal_that_comes_while_another_is_passed_on_is_passed_on_too(monkeypatch):
+    passed = []
+
+    def killpg(pid, number):
+        passed.append(number)
+        if len(passed) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(processes.os, "killpg", killpg)
+    started = processes.Processes({})
+    started._live.add(1)
+    with started:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert sorted(passed) == [signal.SIGINT, signal.SIGTERM] and started.signal == "SIGINT"
+
+
+def test_a_remote_data_folder_stays_as_it_is(workplace):
+    planned = workplace.read(BASIC, data_dir="gs://bucket/sets")
+    assert planned.cells[0].flags["data_dir"] == "gs://bucket/sets"
 
 
 def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(workplace):

@@ -135,14 +135,16 @@ def read(file: str | os.PathLike, data_dir: str | None = None) -> Sweep:
             the file and the place.
         OSError: The file cannot be read.
     """
-    text = files.path(file).read_text(encoding="utf-8")
     try:
+        text = files.path(file).read_text(encoding="utf-8")
         content = _load(text)
         return _sweep(content, data_dir)
     except yaml.YAMLError as error:
         raise ValueError(
             f"A sweep is a file in YAML, and this one cannot be read: {error}. Received: {file=!s}"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"A sweep is a file in UTF-8, and this one is not: {error}. Received: {file=!s}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -225,7 +227,7 @@ def _sweep(content, data_dir):
         raise ValueError(f"A sweep has a `title`. Received: title={title!r}")
     common = _flags("flags", content.get("flags") or {})
     if data_dir is not None:
-        common["data_dir"] = os.path.abspath(os.path.expanduser(data_dir))
+        common["data_dir"] = _absolute(data_dir)
     seeds = _seeds("seeds", content.get("seeds", [0]))
     evaluate = _evaluate("evaluate", content.get("evaluate"))
     given = _mapping("rows", content.get("rows"))
@@ -265,7 +267,7 @@ def _trained(name, row, common, seeds, evaluate):
 def _referring(name, row, rows, trained, evaluate):
     """The cells of a row that looks at the runs of another one."""
     of = row["run"]
-    if of not in trained:
+    if not isinstance(of, str) or of not in trained:
         raise ValueError(
             f"`run` of row {name!r} must be a row that is trained, one of {', '.join(trained)}. Received: run={of!r}"
         )
@@ -334,9 +336,13 @@ def _flags(where, given):
             )
         found[name] = _typed(where, name, value, kinds[name])
     weights = found.get("weights")
-    if weights not in (None, "imagenet") and "://" not in weights:
-        found["weights"] = os.path.abspath(os.path.expanduser(weights))  # as the run folder has it
+    if weights not in (None, "imagenet"):
+        found["weights"] = _absolute(weights)  # as the run folder has it
     return found
+
+
+def _absolute(path):
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _typed(where, name, value, kind):

@@ -66,7 +66,7 @@ class Processes:
         self.signal = None
         self._environment = {**environment, **os.environ, "PYTHONUNBUFFERED": "1"}
         self._live = set()
-        self._lock = threading.Lock()  # the main thread takes it in a handler only
+        self._lock = threading.RLock()  # the main thread takes it in handlers only, and one may interrupt another
         self._previous = {}
 
     def __enter__(self):

@@ -66,7 +66,8 @@ def is_evaluated(cell: Cell, folder: os.PathLike) -> bool:
     return (
         done is not None
         and done["flags"] == _plain(cell.evaluate)
-        and (folder / cell.results / cell.results_file).exists()
+        and done.get("results_sha256") is not None
+        and done["results_sha256"] == _sha256(folder / cell.results / cell.results_file)
         and done["model_sha256"] == _sha256(folder / cell.run / "best.keras")
     )
 
@@ -105,6 +106,8 @@ class _Execution:
         self.jobs = check_count("jobs", jobs)
         own = max(machine.cores() // self.jobs, 1)
         self.environment = dict.fromkeys(machine.THREADS, str(own))
+        # The first run would otherwise take nearly all memory of a GPU.
+        self.environment["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
         set_by_user = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
         self.machine = machine.describe(int(set_by_user) if set_by_user.isdecimal() else own)
         self.failures = {}
@@ -132,6 +135,11 @@ class _Execution:
 
     def _plan(self):
         """Checks every folder, and gives the cells that lack something, those of one run together."""
+        if Run(self.folder).config_file.exists():
+            raise RunMismatchError(
+                f"{self.folder} is the folder of one run, and a sweep keeps a folder for each run in its own. Name "
+                "another one."
+            )
         mismatches, runs = [], {}
         counts = {"trained": 0, "to train": 0, "to continue": 0, "to evaluate": 0}
         for cell in self.sweep.cells:
@@ -159,22 +167,27 @@ class _Execution:
 
     def _advance(self, cells, processes, total):
         """Trains one run and evaluates it for every row that asks for it."""
-        name = cells[0].run
         processes.check_signal()
+        if self._succeeds(cells[0].run, self._train, cells[0], processes):
+            tried = set()
+            for cell in cells:  # rows that ask for the same evaluation have the first one's
+                if cell.results not in tried and not is_evaluated(cell, self.folder):
+                    tried.add(cell.results)
+                    self._succeeds(cell.results, self._evaluate, cell, processes)
+        with self._lock:
+            self._finished += 1
+            _logger.info("%d of %d runs are done.", self._finished, total)
+
+    def _succeeds(self, name, step, cell, processes):
+        """Whether a step of a run does what it should; if not, the failure is kept and told."""
         try:
-            self._train(cells[0], processes)
-            # Rows that ask for the same evaluation find the first one's.
-            for cell in cells:
-                name = cell.results
-                if not is_evaluated(cell, self.folder):
-                    self._evaluate(cell, processes)
+            step(cell, processes)
         except (_RunError, OSError) as error:
             with self._lock:
                 self.failures[name] = str(error)
             _logger.error("%s: %s", name, error)
-        with self._lock:
-            self._finished += 1
-            _logger.info("%d of %d runs are done.", self._finished, total)
+            return False
+        return True
 
     def _train(self, cell, processes):
         run = Run(self.folder / cell.run)
@@ -214,9 +227,15 @@ class _Execution:
         results = self.folder / cell.results
         results.mkdir(exist_ok=True)
         command = [*self.evaluate, *evaluate_arguments(cell, self.folder)]
-        before = read_record(results).get("evaluation", {"seconds": 0.0})
-        # Results that lie there already were not found in the time that is measured here.
-        unknown = before["seconds"] is None or (not before["seconds"] and any((results / "evaluation").glob("*/*.npz")))
+        model = _sha256(self.folder / cell.run / "best.keras")
+        before = read_record(results).get("evaluation")
+        if before is not None and before["model_sha256"] != model:
+            seconds = 0.0  # nothing of another model is used again
+        elif before is not None:
+            seconds = before["seconds"]
+        else:
+            # Results that lie there already were not found in the time that is measured here.
+            seconds = None if any((results / "evaluation").glob("*/*.npz")) else 0.0
         _logger.info("%s: evaluating", cell.results)
         ended = processes.run(command, self._log(cell.results))
         file = results / cell.results_file
@@ -224,8 +243,9 @@ class _Execution:
         done = {
             "command": command,
             "flags": _plain(cell.evaluate) if complete else None,
-            "model_sha256": _sha256(self.folder / cell.run / "best.keras"),
-            "seconds": None if unknown else before["seconds"] + ended.seconds,
+            "results_sha256": _sha256(file) if complete else None,
+            "model_sha256": model,
+            "seconds": None if seconds is None else seconds + ended.seconds,
             "machine": self.machine,
         }
         self._write(results, {**read_record(results), "evaluation": done})

@@ -92,8 +92,8 @@ def write(
     if not failures:
         _check_metrics(sweep, rows)
     shown = [shlex.join("python" if part == sys.executable else part for part in each) for each in (train, evaluate)]
-    text = _markdown(sweep, rows, shown, shlex.join(command), failures or {}, folder)
     figure = _curves(rows)
+    text = _markdown(sweep, rows, shown, shlex.join(command), folder, figure is not None)
     files.write_json(folder / "table.json", _numbers(sweep, rows, command, failures or {}))
     if figure is not None:
         visualization.save_figure(figure, folder / "curves.png")
@@ -167,7 +167,7 @@ def _check_metrics(sweep, rows):
         )
 
 
-def _markdown(sweep, rows, commands, command, failures, folder):
+def _markdown(sweep, rows, commands, command, folder, curves):
     machines = list({json.dumps(m): m for found in rows.values() for one in found for m in one.machines}.values())
     headings = [*(column.heading for column in sweep.columns), "seeds", "training", "evaluation", "machine", "paper"]
     lines = [["", *headings]]
@@ -191,7 +191,6 @@ def _markdown(sweep, rows, commands, command, failures, folder):
         notes.append(f"Missing: {', '.join(missing)}.")
     blocks.append(" ".join(notes))
     blocks.append("\n".join(f"Machine {index}: {_machine_text(one)}." for index, one in enumerate(machines, 1)))
-    curves = any(found for found in rows.values())
     blocks.append("![Validation accuracy and rate by epoch](curves.png)" if curves else "")
     blocks.append("## Commands\n\nThose of the first seed of each row; the others differ in the seed.")
     for name, (cell, *_) in sweep.rows.items():
