@@ -68,5 +68,7 @@ def test_flags_in_the_readme_are_flags_of_the_scripts():
         "output",
         "server",
         "workers",
+        "file",
+        "jobs",
     }
     assert set(re.findall(r"--([a-z_]+)", README)) <= known
