@@ -115,7 +115,7 @@ MODELS = (
         commitment_weight=1,
         initializers="released",
     ),
-    _model("vgg_cbam", width=0.1),
+    _model("vgg_cbam", width=0.1, like_another=True),  # a vgg, and layers of Keras
     # With "pc" and softmax, nothing behind the last attention learns: see `PayAttention`.
     _model("vgg_att2", attention="dp", combine="independent", position="after"),
     _model("vgg_att3", normalize="sigmoid"),
