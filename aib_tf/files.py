@@ -16,6 +16,7 @@ import numpy as np
 
 __all__ = [
     "RemotePath",
+    "absolute",
     "local_copy",
     "new_folder",
     "path",
@@ -46,6 +47,19 @@ def path(name: "str | os.PathLike") -> "Path | RemotePath":
     """
     remote = _remote(name)
     return Path(_local(name)) if remote is None else remote
+
+
+def absolute(name: "str | os.PathLike") -> str:
+    """Gives a path as it has to be kept in a file that is read from other working directories.
+
+    Args:
+        name: A local path, also one that begins with ~, or one with a scheme.
+
+    Returns:
+        The absolute path; one with a scheme as it is.
+    """
+    name = os.fspath(name)
+    return name if "://" in name else os.path.abspath(os.path.expanduser(name))
 
 
 class RemotePath(os.PathLike):

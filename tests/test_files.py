@@ -22,6 +22,15 @@ def test_text_bytes_and_json_come_back_as_written(tmp_path):
     assert json.loads((tmp_path / "c.json").read_text()) == expected
 
 
+def test_a_path_that_is_kept_in_a_file_holds_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert files.absolute("a/../b") == str(tmp_path / "b")
+    assert files.absolute("~/a") == str(tmp_path / "home" / "a")
+    assert files.absolute(tmp_path / "a") == str(tmp_path / "a")
+    assert files.absolute("gs://bucket/a") == "gs://bucket/a"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.txt"

@@ -4,6 +4,8 @@ import os
 
 import tensorflow as tf
 
+from aib_tf import files
+
 
 class DatasetUnavailableError(FileNotFoundError):
     """A data set is not where it was looked for, and could not be fetched."""
@@ -17,8 +19,7 @@ def root(data_dir: str | os.PathLike | None) -> str:
     """
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR", os.path.join("~", "tensorflow_datasets"))
-    path = os.fspath(data_dir)
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    return files.absolute(data_dir)
 
 
 def folder_path(name: str, folder: str, data_dir: str | os.PathLike | None) -> str:

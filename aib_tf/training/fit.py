@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 
 import keras
 import numpy as np
@@ -89,9 +88,7 @@ class _Fit:
     def run(self):
         workers, folder = self.workers, self.folder
         self._resolve()
-        if workers.from_chief(
-            lambda: folder.metrics_file.exists() and folder.best_file.exists() and folder.history_file.exists()
-        ):
+        if workers.from_chief(lambda: folder.is_finished):
             self._log("This run is finished. Its results are in %s.", folder.metrics_file)
             return workers.from_chief(folder.read_history)
         self.fresh = workers.from_chief(lambda: not folder.checkpoints.paths())
@@ -346,14 +343,10 @@ class _Fit:
 def _with_absolute_paths(config):
     """The config as it has to stand in the run folder, which is read from other working directories."""
     folder, weights = config.data.data_dir, config.model.weights
-    if folder is not None and "://" not in folder:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, data_dir=os.path.abspath(os.path.expanduser(folder)))
-        )
-    if weights not in (None, "imagenet") and "://" not in weights:
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, weights=os.path.abspath(os.path.expanduser(weights)))
-        )
+    if folder is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=files.absolute(folder)))
+    if weights not in (None, "imagenet"):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=files.absolute(weights)))
     return config
 
 

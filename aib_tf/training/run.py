@@ -98,6 +98,11 @@ class Run:
                 f"{self.config_file} cannot be read: {error}. It was changed, or written by another version of aib_tf."
             ) from error
 
+    @property
+    def is_finished(self):
+        """Whether nothing is left to train or to measure."""
+        return self.metrics_file.exists() and self.best_file.exists() and self.history_file.exists()
+
     def resolve(self, config):
         """Checks that a config may train in this folder, without writing anything.
 

@@ -227,7 +227,7 @@ def _sweep(content, data_dir):
         raise ValueError(f"A sweep has a `title`. Received: title={title!r}")
     common = _flags("flags", content.get("flags") or {})
     if data_dir is not None:
-        common["data_dir"] = _absolute(data_dir)
+        common["data_dir"] = files.absolute(data_dir)
     seeds = _seeds("seeds", content.get("seeds", [0]))
     evaluate = _evaluate("evaluate", content.get("evaluate"))
     given = _mapping("rows", content.get("rows"))
@@ -337,12 +337,8 @@ def _flags(where, given):
         found[name] = _typed(where, name, value, kinds[name])
     weights = found.get("weights")
     if weights not in (None, "imagenet"):
-        found["weights"] = _absolute(weights)  # as the run folder has it
+        found["weights"] = files.absolute(weights)  # as the run folder has it
     return found
-
-
-def _absolute(path):
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _typed(where, name, value, kind):

@@ -53,11 +53,6 @@ def execute(
     return _Execution(sweep, output_dir, train, evaluate, jobs).run()
 
 
-def is_finished(run: Run) -> bool:
-    """Whether there is nothing left to train, as `aib_tf.training.fit` has it."""
-    return run.metrics_file.exists() and run.best_file.exists() and run.history_file.exists()
-
-
 def is_evaluated(cell: Cell, folder: os.PathLike) -> bool:
     """Whether the results of a cell are there: of its model, with its flags, as sweep.json says."""
     if cell.evaluate is None:
@@ -153,7 +148,7 @@ class _Execution:
                 mismatches.append(str(error))
                 continue
             read_record(run.path)
-            finished = is_finished(run)
+            finished = run.is_finished
             counts["trained" if finished else "to continue" if run.config_file.exists() else "to train"] += 1
             lacking = [cell for cell in cells if not finished or not is_evaluated(cell, self.folder)]
             counts["to evaluate"] += len({cell.results for cell in lacking if cell.evaluate is not None})
@@ -191,7 +186,7 @@ class _Execution:
 
     def _train(self, cell, processes):
         run = Run(self.folder / cell.run)
-        if is_finished(run):
+        if run.is_finished:
             return
         command = [*self.train, *train_arguments(cell, run.path)]
         record = read_record(run.path)
@@ -220,7 +215,7 @@ class _Execution:
             if self.machine not in done["machines"]:
                 done["machines"] = [*done["machines"], self.machine]
             self._write(run.path, {**record, "training": done})
-        self._check(ended, "training", cell.run, is_finished(run), processes)
+        self._check(ended, "training", cell.run, run.is_finished, processes)
         _logger.info("%s: trained, %.0f s", cell.run, ended.seconds)
 
     def _evaluate(self, cell, processes):

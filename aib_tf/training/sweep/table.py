@@ -16,7 +16,7 @@ from aib_tf.evaluation.report.tables import decimal, numbers, plain
 from aib_tf.evaluation.suite import Result
 from aib_tf.training.run import Run
 from aib_tf.training.sweep.plan import Cell, Column, Sweep, evaluate_arguments, train_arguments
-from aib_tf.training.sweep.runner import is_evaluated, is_finished, read_record
+from aib_tf.training.sweep.runner import is_evaluated, read_record
 
 _NOTHING = "-"
 _PAPER = "see the paper"
@@ -106,7 +106,7 @@ def _found(cells, sweep, folder, parameters):
     found = []
     for cell in cells:
         run = Run(folder / cell.run)
-        if not is_finished(run) or not is_evaluated(cell, folder):
+        if not run.is_finished or not is_evaluated(cell, folder):
             continue
         run.resolve(cell.config)
         training = read_record(run.path).get("training") or {}
