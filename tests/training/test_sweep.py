@@ -183,6 +183,16 @@ def test_the_data_folder_of_the_command_goes_before_that_of_the_file(workplace, 
     assert planned.cells[0].config.data.data_dir == str(tmp_path)
 
 
+def test_features_may_be_carried_to_a_folder_of_pictures(workplace, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
+    text = BASIC + '    evaluate: {suite: "accuracy,transfer", transfer_to: image_folder/pictures}\n'
+    planned = workplace.read(text, data_dir=str(tmp_path))
+    assert planned.cells[0].evaluate["transfer_to"] == ("image_folder/pictures",)
+    with pytest.raises(FileNotFoundError, match="elsewhere/pictures"):
+        workplace.read(text, data_dir=str(tmp_path / "elsewhere"))
+
+
 def test_a_row_that_looks_at_another_has_folders_for_results_where_it_evaluates_otherwise(workplace):
     text = EVALUATED.replace(
         "    columns:",

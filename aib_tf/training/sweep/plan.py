@@ -257,7 +257,7 @@ def _trained(name, row, common, seeds, evaluate):
         with_seed = {**flags, "seed": seed}
         try:
             config = Config.from_flat(with_seed).resolved()
-            data.get(config.data.name, config.data.data_dir)
+            _check_data(config, evaluate)
         except ValueError as error:
             raise ValueError(f"Row {name!r}: {error}") from None
         cells.append(Cell(name, seed, folder, with_seed, config, evaluate, folder))
@@ -286,12 +286,19 @@ def _referring(name, row, rows, trained, evaluate):
         )
     # What the row that it looks at says of its evaluation holds here too.
     evaluate = _merged(name, row, _merged(of, rows[of], evaluate))
+    _check_data(bases[seeds[0]].config, evaluate)
     cells = []
     for seed in seeds:
         base = bases[seed]
         results = base.run if evaluate == base.evaluate else folder_name(name, seed)
         cells.append(Cell(name, seed, base.run, base.flags, base.config, evaluate, results))
     return cells
+
+
+def _check_data(config, evaluate):
+    """Whether the images of a run are known, and those that its features are carried to."""
+    for name in (config.data.name, *(evaluate or {}).get("transfer_to", ())):
+        data.get(name, config.data.data_dir)
 
 
 def _merged(name, row, evaluate):
@@ -368,8 +375,6 @@ def _evaluate(where, given):
             found[name] = _names(where, name, found[name])
     if "suite" in found:
         evaluation.check_names(found["suite"])
-    for name in found.get("transfer_to", ()):
-        data.get(name)
     if "split" in found:
         check_choice("split", found["split"], _SPLITS)
     for name in ("samples", "images"):
