@@ -87,20 +87,12 @@ $(VENV)/jax/.ready: $(VENV)/.packages requirements/jax.txt
 	@$(pip) install --no-deps --target "$(VENV)/jax" -r requirements/jax.txt
 	@touch "$@"
 
-# An environment of its own, since its TensorFlow is another one.
-$(VENV)-loaders/.ready: requirements/loaders.txt | $(VENV)/.packages
-	@echo "Installing the packages of requirements/loaders.txt into $(VENV)-loaders: one to three minutes, once"
+# Environments of their own: the loaders' TensorFlow is another one, and the site is made from the sources alone.
+$(VENV)-loaders/.ready $(VENV)-docs/.ready: $(VENV)-%/.ready: requirements/%.txt | $(VENV)/.packages
+	@echo "Installing the packages of $< into $(VENV)-$*: up to three minutes, once"
 	@rm -f "$@"
-	@$(python) -m venv --clear "$(VENV)-loaders"
-	@"$(VENV)-loaders/bin/python" -m pip --disable-pip-version-check -qq install -r requirements/loaders.txt
-	@touch "$@"
-
-# An environment of its own, since the site is made from the sources alone.
-$(VENV)-docs/.ready: requirements/docs.txt | $(VENV)/.packages
-	@echo "Installing the packages of requirements/docs.txt into $(VENV)-docs: half a minute, once"
-	@rm -f "$@"
-	@$(python) -m venv --clear "$(VENV)-docs"
-	@"$(VENV)-docs/bin/python" -m pip --disable-pip-version-check -qq install -r requirements/docs.txt
+	@$(python) -m venv --clear "$(VENV)-$*"
+	@"$(VENV)-$*/bin/python" -m pip --disable-pip-version-check -qq install -r "$<"
 	@touch "$@"
 
 train: setup ## train the default model on handwritten digits, and draw where it looks
