@@ -350,7 +350,13 @@ class DeviceArgument : public Argument {
     if (!Get(interface, "mask").is_none()) Check("`" + name + "` must not have a mask. Received: an array with one");
     const py::object strides = Get(interface, "strides");
     if (!strides.is_none()) CheckContiguous(strides.cast<std::vector<int64_t>>(), type.itemsize());
-    data_ = reinterpret_cast<void*>(py::tuple(interface["data"])[0].cast<uintptr_t>());
+    const auto address = py::tuple(interface["data"])[0].cast<uintptr_t>();
+    // A device cannot load such an element, and after it tried, the process can use the device no more.
+    if (size > 0 && type.itemsize() > 0 && address % type.itemsize() != 0) {
+      Check("`" + name + "` must begin at a multiple of " + std::to_string(type.itemsize()) +
+            " bytes, the size of its elements. Received: data=" + std::to_string(address));
+    }
+    data_ = reinterpret_cast<void*>(address);
     const py::object stream = Get(interface, "stream");
     if (!stream.is_none()) {
       const auto number = stream.cast<uintptr_t>();
@@ -686,7 +692,7 @@ are no error there; they make the quantized values and the losses NaN.
 
 Args:
     x: float16, bfloat16, float32 or float64 array of any shape, or what `numpy.asarray` makes one of; or an array on a
-        CUDA device, contiguous.
+        CUDA device, contiguous and aligned.
     anchors: finite numbers in any order, float32 (float64 when `x` is float64), shape (Q,), 1 <= Q <= 65,536; where
         `x` is.
     threads: how many threads to use at most; 0 for as many as there are processors for this process. Other Python

@@ -491,6 +491,8 @@ needs_cuda = pytest.mark.skipif(not compiled.has_cuda, reason="aib_tf was built 
         (OnDevice(np.zeros((2, 3), F32), strides=(4, 8)), OnDevice(np.zeros(2, F32)), r"contiguous .* \(4, 8\)"),
         (OnDevice(np.zeros(3, F32), mask=OnDevice(np.zeros(3))), OnDevice(np.zeros(2, F32)), "`x` .* mask"),
         (OnDevice(np.zeros(3, F32), stream=0), OnDevice(np.zeros(2, F32)), "stream=0, which is ambiguous"),
+        (OnDevice(np.zeros(3, F32), address=1026), OnDevice(np.zeros(2, F32)), "`x` .* multiple of 4 .* data=1026"),
+        (OnDevice(np.zeros(3, F32)), OnDevice(np.zeros(2, F32), address=1025), "`anchors` .* of 4 .* data=1025"),
     ],
 )
 def test_impossible_device_arrays_are_named(x, anchors, message):
