@@ -128,9 +128,11 @@ test-native: $(VENV)/.packages ## run the C++ tests, also with sanitizers, on ea
 	@echo "Compiling and running the C++ tests"
 	@$(python) custom_ops/compile.py --tests --output=.build/native
 	@$(python) custom_ops/compile.py --tests --output=.build/sanitized --sanitize=address,undefined
+	@$(python) custom_ops/compile.py --tests --output=.build/threads --sanitize=thread
 	@set -e; for folder in native sanitized; do for instructions in baseline avx2 avx512; do \
 		AIB_TF_CPU=$$instructions .build/$$folder/nearest_anchor_test; done; \
 		.build/$$folder/nearest_anchor_cuda_test; done
+	@.build/threads/nearest_anchor_cuda_test
 
 test-large: $(VENV)/.packages ## run the C++ tests with more than 2^31 elements, for which they need 17 GB of memory
 	@$(python) custom_ops/compile.py --tests --output=.build/native

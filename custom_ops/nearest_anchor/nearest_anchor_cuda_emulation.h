@@ -9,6 +9,10 @@
 //   - writing behind the shared memory that was asked for (AddressSanitizer sees reading, too);
 //   - vectors of 8 or 16 bytes at places that are no multiple of that.
 //
+// ThreadSanitizer (g++ -fsanitize=thread) takes each fiber for a thread and knows what orders them: the barriers, the
+// start and the end of a kernel, and nothing else. It reports every read and write that another thread could overtake,
+// also where both orders happen to give one result.
+//
 // Shared memory is full of noise when a block starts. Not emulated: caches, the order in which other threads see writes,
 // and time.
 #ifndef AIB_TF_CUSTOM_OPS_NEAREST_ANCHOR_NEAREST_ANCHOR_CUDA_EMULATION_H_
@@ -33,6 +37,15 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
 
 #define __global__
 #define __device__
@@ -53,7 +66,7 @@ struct dim3 {
   unsigned x, y;
 };
 
-#define AIB_TF_JUMPS __attribute__((noinline, no_sanitize_address))
+#define AIB_TF_JUMPS __attribute__((noinline, no_sanitize_address, no_sanitize_thread))
 
 namespace aib_tf {
 
@@ -73,6 +86,7 @@ class Emulator {
   unsigned char* shared() { return shared_.data(); }
 
   void Run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+    const Unseen unseen(&launch_, &end_);
     if (shared_bytes > most_shared) Fail("a block needs more shared memory than the device has");
     kernel_ = &kernel;
     blocks = grid;
@@ -96,16 +110,25 @@ class Emulator {
   }
 
   // All threads of the block.
-  void BlockBarrier() { Wait(kBlock); }
+  void BlockBarrier() {
+    char* const place = &block_barriers_[fibers_[current_]->block_turn ^= 1];
+    ComesBefore(place);
+    Wait(kBlock);
+    ComesAfter(place);
+  }
 
   // All lanes of the warp, in the same function; gives what each of them brought.
   enum Meeting { kRunning, kDone, kBlock, kWarpSync, kMatch, kAny };
-  const uint64_t* WarpBarrier(Meeting meeting, uint64_t value) {
+  AIB_TF_JUMPS const uint64_t* WarpBarrier(Meeting meeting, uint64_t value) {
     Fiber& fiber = *fibers_[current_];
     fiber.turn ^= 1;  // two places, since a lane can bring the next value while another has not read this one yet
     const size_t warp = current_ / kWarpSize;
     values_[fiber.turn][current_] = value;
+    char* const place = &warp_barriers_[fiber.turn][warp];
+    // Of these, only __syncwarp() orders memory.
+    if (meeting == kWarpSync) ComesBefore(place);
     Wait(meeting);
+    if (meeting == kWarpSync) ComesAfter(place);
     return &values_[fiber.turn][warp * kWarpSize];
   }
 
@@ -118,9 +141,39 @@ class Emulator {
     void* place[5];  // where it goes on
     bool started = false;
     Meeting state = kDone;
-    unsigned turn = 0;
+    unsigned turn = 0, block_turn = 0;
     void* sanitizer = nullptr;
+#if defined(__SANITIZE_THREAD__)
+    void* const thread = __tsan_create_fiber(0);
+#endif
   };
+
+  // ThreadSanitizer is told what orders the threads, and nothing else does: not that they take turns, and not that the
+  // scheduler wrote what they read.
+#if defined(__SANITIZE_THREAD__)
+  struct Unseen {
+    Unseen(void* before, void* after) : after(after) {
+      __tsan_release(before);
+      AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+      AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    }
+    ~Unseen() {
+      AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+      AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+      __tsan_acquire(after);
+    }
+    void* const after;
+  };
+  static void ComesBefore(char* place) { __tsan_release(place); }
+  static void ComesAfter(char* place) { __tsan_acquire(place); }
+#else
+  struct Unseen {
+    Unseen(void*, void*) {}
+    ~Unseen() {}
+  };
+  static void ComesBefore(char*) {}
+  static void ComesAfter(char*) {}
+#endif
 
   [[noreturn]] static void Fail(const char* what) {
     std::fprintf(stderr, "CUDA emulation: %s\n", what);
@@ -132,6 +185,7 @@ class Emulator {
     Emulator& emulator = Get();
     emulator.Arrived();
     for (;;) {
+      ComesAfter(&emulator.launch_);
       (*emulator.kernel_)();
       emulator.Wait(kDone);
     }
@@ -140,7 +194,7 @@ class Emulator {
   void RunBlock(int threads) {
     for (int t = 0; t < threads; ++t) {
       fibers_[t]->state = kRunning;
-      fibers_[t]->turn = 0;
+      fibers_[t]->turn = fibers_[t]->block_turn = 0;
     }
     for (;;) {
       int done = 0;
@@ -179,6 +233,10 @@ class Emulator {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&scheduler_sanitizer_, fiber.stack.data(), fiber.stack.size());
 #endif
+#if defined(__SANITIZE_THREAD__)
+    scheduler_thread_ = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(fiber.thread, __tsan_switch_to_fiber_no_sync);
+#endif
     if (__builtin_setjmp(scheduler_) == 0) Jump(&fiber);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(scheduler_sanitizer_, nullptr, nullptr);
@@ -199,8 +257,12 @@ class Emulator {
   AIB_TF_JUMPS void Wait(Meeting meeting) {
     Fiber& fiber = *fibers_[current_];
     fiber.state = meeting;
+    if (meeting == kDone) ComesBefore(&end_);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&fiber.sanitizer, scheduler_stack_, scheduler_stack_size_);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(scheduler_thread_, __tsan_switch_to_fiber_no_sync);
 #endif
     if (__builtin_setjmp(fiber.place) == 0) JumpBack();
     Arrived();
@@ -216,7 +278,9 @@ class Emulator {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<unsigned char> shared_;
   uint64_t values_[2][kMostThreads];
+  char launch_ = 0, end_ = 0, block_barriers_[2] = {}, warp_barriers_[2][kMostThreads / kWarpSize] = {};
   void* scheduler_[5];
+  void* scheduler_thread_ = nullptr;
   void* scheduler_sanitizer_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_size_ = 0;
@@ -232,13 +296,13 @@ class Emulator {
 
 inline void __syncthreads() { ::aib_tf::Emulator::Get().BlockBarrier(); }
 inline void __syncwarp() { ::aib_tf::Emulator::Get().WarpBarrier(::aib_tf::Emulator::kWarpSync, 0); }
-inline unsigned __match_any_sync(unsigned, int value) {
+AIB_TF_JUMPS inline unsigned __match_any_sync(unsigned, int value) {
   const uint64_t* values = ::aib_tf::Emulator::Get().WarpBarrier(::aib_tf::Emulator::kMatch, static_cast<unsigned>(value));
   unsigned same = 0;
   for (int lane = 0; lane < 32; ++lane) same |= static_cast<unsigned>(values[lane] == static_cast<unsigned>(value)) << lane;
   return same;
 }
-inline bool __any_sync(unsigned, bool value) {
+AIB_TF_JUMPS inline bool __any_sync(unsigned, bool value) {
   const uint64_t* values = ::aib_tf::Emulator::Get().WarpBarrier(::aib_tf::Emulator::kAny, value);
   bool any = false;
   for (int lane = 0; lane < 32; ++lane) any |= values[lane] != 0;

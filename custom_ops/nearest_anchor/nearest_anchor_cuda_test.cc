@@ -617,11 +617,36 @@ void TestType(const char* type) {
   TestBadIndices<T, A>();
 }
 
+// Each kernel, in small, for ThreadSanitizer: it remembers who read and wrote what, which takes its time, and reports
+// what no barrier orders.
+template <typename T, typename A>
+void TestOrderOfThreads() {
+  SetOrder(false, 1);
+  for (int count : {1, 20, 300, 1100}) {
+    const std::vector<A> anchors = RandomNumbers<A>(count);
+    const std::vector<T> x = As<T>(DifficultElements(9001, anchors, true));
+    RunForward(x, anchors, 0, kNever);
+    if (count == 20) RunForward(x, anchors, 0, kAlways);
+  }
+  for (int count : {20, 100, 300, 2100}) {
+    const std::vector<A> anchors = RandomNumbers<A>(count);
+    const std::vector<T> x = As<T>(RandomNumbers<A>(1500));
+    std::vector<int32_t> index(x.size(), 1);
+    for (size_t i = 0; i < index.size(); i += 1 + i % 3) index[i] = static_cast<int32_t>(generator() % count);
+    RunGradient(x, anchors, index, x, A(1), A(1), 0, true);
+  }
+}
+
 }  // namespace
 }  // namespace aib_tf
 
 int main() {
   using namespace aib_tf;
+#if defined(__SANITIZE_THREAD__)
+  TestOrderOfThreads<BFloat16, float>();
+  TestOrderOfThreads<double, double>();
+  return failures == 0 ? 0 : 1;
+#endif
   TestSizes();
   TestType<float, float>("float");
   TestType<BFloat16, float>("bfloat16");

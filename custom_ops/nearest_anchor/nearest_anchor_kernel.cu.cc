@@ -185,7 +185,8 @@ __device__ inline V Reduce(V value, V* shared, Combine combine) {
     if (threadIdx.x < half) shared[threadIdx.x] = combine(shared[threadIdx.x], shared[threadIdx.x + half]);
     __syncthreads();
   }
-  return shared[0];
+  // The others do not look: the first thread may already be at its next write.
+  return threadIdx.x == 0 ? shared[0] : value;
 }
 
 template <typename A>
