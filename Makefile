@@ -40,7 +40,7 @@ compiled_for := $(VENV) $(AIB_TF_CUDA) $(AIB_TF_CUDA_ARCHITECTURES)
 
 .DELETE_ON_ERROR:
 .PHONY: docs tutorial help setup train evaluate test test-backends test-bazel test-large test-loaders
-.PHONY: test-native test-versions test-wheel lint format lock benchmark benchmark-scaling precision soak clean
+.PHONY: test-native test-races test-versions test-wheel lint format lock benchmark benchmark-scaling precision soak clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile \
@@ -128,11 +128,15 @@ test-native: $(VENV)/.packages ## run the C++ tests, also with sanitizers, on ea
 	@echo "Compiling and running the C++ tests"
 	@$(python) custom_ops/compile.py --tests --output=.build/native
 	@$(python) custom_ops/compile.py --tests --output=.build/sanitized --sanitize=address,undefined
-	@$(python) custom_ops/compile.py --tests --output=.build/threads --sanitize=thread
 	@set -e; for folder in native sanitized; do for instructions in baseline avx2 avx512; do \
 		AIB_TF_CPU=$$instructions .build/$$folder/nearest_anchor_test; done; \
 		.build/$$folder/nearest_anchor_cuda_test; done
+
+test-races: $(VENV)/.packages ## look for data races in the CUDA kernels, in their emulation on the CPU
+	@echo "Compiling the CUDA kernels for the CPU, and looking for data races"
+	@$(python) custom_ops/compile.py --tests --output=.build/threads --sanitize=thread
 	@.build/threads/nearest_anchor_cuda_test
+	@echo "No data race was found"
 
 test-large: $(VENV)/.packages ## run the C++ tests with more than 2^31 elements, for which they need 17 GB of memory
 	@$(python) custom_ops/compile.py --tests --output=.build/native
