@@ -19,6 +19,8 @@
 #include "tensorflow/core/util/work_sharder.h"
 
 #if AIB_TF_CUDA
+#include <cuda_runtime_api.h>
+
 #include "xla/stream_executor/stream.h"
 #endif
 
@@ -285,7 +287,9 @@ void* StreamOf(OpKernelContext* context) {
 
 absl::Status CudaStatus(int error) {
   if (error == 0) return absl::OkStatus();
-  return absl::InternalError("nearest_anchor could not start its CUDA kernels: CUDA error " + std::to_string(error));
+  return absl::InternalError("nearest_anchor could not start its CUDA kernels: " +
+                             std::string(cudaGetErrorString(static_cast<cudaError_t>(error))) + " (CUDA error " +
+                             std::to_string(error) + ")");
 }
 
 absl::Status AllocateWorkspace(OpKernelContext* context, size_t bytes, Tensor* workspace) {
