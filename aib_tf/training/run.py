@@ -270,9 +270,19 @@ class Run:
         files.write_text(self.history_file, text.getvalue())
 
     def read_history(self):
-        """Returns a dict name -> list of floats, one for each epoch."""
-        rows = list(csv.DictReader(io.StringIO(self.history_file.read_text(encoding="utf-8"))))
-        return {name: [float(row[name]) for row in rows] for name in rows[0]}
+        """Returns a dict name -> list of floats, one for each epoch.
+
+        Raises:
+            RunMismatchError: if history.csv cannot be read.
+        """
+        try:
+            rows = list(csv.DictReader(io.StringIO(self.history_file.read_text(encoding="utf-8"))))
+            return {name: [float(row[name]) for row in rows] for name in rows[0]}
+        except (ValueError, TypeError, IndexError, csv.Error) as error:
+            raise RunMismatchError(
+                f"{self.history_file} cannot be read ({type(error).__name__}: {error}). It was changed: delete it and "
+                "repeat the command that trained the run, which writes it from the last checkpoint."
+            ) from error
 
     @property
     def best(self):

@@ -245,6 +245,14 @@ class TestCheckpoints:
         assert not (copy / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("content", ["", "epoch;loss\n1;0.5\n", "epoch,loss\n1\n", "epoch,loss\n1,0.5,2\n"])
+def test_a_history_that_was_changed_is_named(content, tmp_path):
+    run = training.Run(tmp_path)
+    run.history_file.write_text(content)
+    with pytest.raises(training.RunMismatchError, match=r"history\.csv cannot be read .*delete it and repeat"):
+        run.read_history()
+
+
 def test_beta_warmup_rises_to_one_and_stays():
     model = aib_tf.models.build("vgg_aib", (32, 32, 1), 4, width=0.02, latent_dim=4, seed=0)
     model.compile("sgd", loss=aib_tf.losses.CrossEntropyBits())
