@@ -581,6 +581,13 @@ def test_the_table_holds_means_over_seeds_and_the_interval_of_a_single_one(workp
     assert (workplace.runs / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_name_of_a_row_may_hold_dollar_signs(workplace):
+    planned = workplace.prepare(BASIC.replace("aib:", '"from $_$ to $2":'))
+    workplace.execute(planned)
+    assert "from $_$ to $2" in workplace.table(planned)
+    assert (workplace.runs / "curves.png").exists()
+
+
 def test_table_json_has_every_number_in_full_precision(workplace):
     planned = known_runs(workplace)
     workplace.table(planned)

@@ -317,5 +317,7 @@ def _curves(rows):
         axes.grid(alpha=0.25, linewidth=0.6)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend = figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # the name of a row may hold dollar signs
     return figure
