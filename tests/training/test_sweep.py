@@ -588,6 +588,14 @@ def test_the_name_of_a_row_may_hold_dollar_signs(workplace):
     assert (workplace.runs / "curves.png").exists()
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"suites": {"accuracy": {"metrics": {"top_1": 0.9}}}}'])
+def test_results_that_were_changed_are_named(content, workplace):
+    planned = known_runs(workplace)
+    (workplace.runs / "plain-1" / "metrics.json").write_text(content)
+    with pytest.raises(RunMismatchError, match=r"plain-1.metrics\.json cannot be read .*delete it"):
+        workplace.table(planned)
+
+
 def test_table_json_has_every_number_in_full_precision(workplace):
     planned = known_runs(workplace)
     workplace.table(planned)

@@ -14,7 +14,7 @@ from aib_tf import files, visualization
 from aib_tf.evaluation.intervals import Estimate
 from aib_tf.evaluation.report.tables import decimal, numbers, plain
 from aib_tf.evaluation.suite import Result
-from aib_tf.training.run import Run
+from aib_tf.training.run import Run, RunMismatchError
 from aib_tf.training.sweep.plan import Cell, Column, Sweep, evaluate_arguments, train_arguments
 from aib_tf.training.sweep.runner import is_evaluated, read_record
 
@@ -142,10 +142,18 @@ def _results(cell, run, folder):
 
 def _read(file):
     """Results by suite from a file that `evaluation.report.write_json` wrote, without the suites that were skipped."""
-    suites = json.loads(file.read_text(encoding="utf-8"))["suites"]
-    return {
-        name: Result.from_dict({"charts": {}, **values}, {}) for name, values in suites.items() if "metrics" in values
-    }
+    try:
+        suites = json.loads(file.read_text(encoding="utf-8"))["suites"]
+        return {
+            name: Result.from_dict({"charts": {}, **values}, {})
+            for name, values in suites.items()
+            if "metrics" in values
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunMismatchError(
+            f"{file} cannot be read ({type(error).__name__}: {error}). It was changed, or written by another version "
+            "of aib_tf: delete it and repeat the command, which measures again."
+        ) from error
 
 
 def _scaled(column, value):
