@@ -9,6 +9,7 @@ images, a split that is missing is taken from the others, and the order is drawn
 nowhere in a row.
 """
 
+import contextlib
 import os
 import random
 
@@ -33,8 +34,8 @@ class ImageFolder(tfds.folder_dataset.ImageFolder, skip_registration=True):
         root: the folder with train, and possibly validation (or val) and test.
 
     Raises:
-        ValueError: if there is no train, a class has no image or is not in every split, or a class has too few images
-            to hold some of them out.
+        ValueError: if there is no train, a class has no image or is not in every split, a class has too few images to
+            hold some of them out, or a name is not in UTF-8.
 
     Attributes:
         class_names: names of the classes, sorted; a label is a place in it.
@@ -44,7 +45,8 @@ class ImageFolder(tfds.folder_dataset.ImageFolder, skip_registration=True):
     def __init__(self, root: str):
         folders = split_folders(root)
         self.class_names = class_names(root)
-        super().__init__(root, shape=(None, None, 3))
+        with _naming_what_is_not_utf8(root):
+            super().__init__(root, shape=(None, None, 3))
         labels = {name: label for label, name in enumerate(self.class_names)}
         found = {}
         for split, folder in folders.items():
@@ -126,8 +128,31 @@ def split_folders(root: str) -> dict[str, str]:
 
 def _subfolders(path):
     """Sorted names of the folders in a folder, without hidden ones."""
-    names = (name.rstrip("/") for name in tf.io.gfile.listdir(path))
+    with _naming_what_is_not_utf8(path):
+        names = [name.rstrip("/") for name in tf.io.gfile.listdir(path)]
     return sorted(name for name in names if not name.startswith(".") and tf.io.gfile.isdir(os.path.join(path, name)))
+
+
+@contextlib.contextmanager
+def _naming_what_is_not_utf8(root):
+    """Around the listing of a folder: TensorFlow cannot list a name of another encoding, and does not say which."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            "The names of folders and pictures must be in UTF-8; rename what is not, as convmv does. "
+            f"Received: {_first_not_in_utf8(root)!r}"
+        ) from error
+
+
+def _first_not_in_utf8(root):
+    for folder, folders, files in os.walk(os.fsencode(root)):
+        for name in sorted((*folders, *files)):
+            try:
+                name.decode()
+            except UnicodeDecodeError:
+                return os.path.join(folder, name)
+    return root
 
 
 def _check_classes(root, folder, names, present):

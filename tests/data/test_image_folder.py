@@ -1,5 +1,6 @@
 """Folders of pictures, one folder a class."""
 
+import os
 import shutil
 
 import numpy as np
@@ -187,6 +188,14 @@ def too_few(root):
         (root / "train" / "cat" / f"{number:02d}.png").unlink()
 
 
+def picture_in_latin_1(root):
+    os.rename(root / "train" / "cat" / "00.png", os.fsencode(root / "train" / "cat") + b"/k\xe4.png")
+
+
+def class_in_latin_1(root):
+    os.mkdir(os.fsencode(root / "val") + b"/b\xe4r")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -197,6 +206,8 @@ def too_few(root):
         (other_class, "a folder for each class of train. Received: .*val with dog$"),
         (empty_class, r"an image \(.jpg, .jpeg, .png\).*Received: .*train without any for bee$"),
         (too_few, r"no folder for validation.*2 images at least. Received: 1 of cat in .*animals$"),
+        (picture_in_latin_1, r"must be in UTF-8.* Received: b'.*animals/train/cat/k\\xe4\.png'$"),
+        (class_in_latin_1, r"must be in UTF-8.* Received: b'.*animals/val/b\\xe4r'$"),
     ],
 )
 def test_a_folder_of_another_form_is_named(tmp_path, damage, message):
