@@ -35,7 +35,7 @@ def path(name: "str | os.PathLike") -> "Path | RemotePath":
     """Gives a path that has the methods the library needs, wherever its file lies.
 
     Args:
-        name: A local path, also one that begins with file://, or one on a file system that `tf.io.gfile` knows:
+        name: A local path, also one that begins with ~ or file://, or one on a file system that `tf.io.gfile` knows:
             gs://bucket/folder, hdfs://host/folder.
 
     Returns:
@@ -373,7 +373,7 @@ def _remote(name):
 
 
 def _local(name):
-    return os.fspath(name).removeprefix("file://")
+    return os.path.expanduser(os.fspath(name).removeprefix("file://"))
 
 
 def _gfile():

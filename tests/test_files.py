@@ -31,6 +31,14 @@ def test_a_path_that_is_kept_in_a_file_holds_from_every_folder(tmp_path, monkeyp
     assert files.absolute("gs://bucket/a") == "gs://bucket/a"
 
 
+def test_a_path_that_begins_with_a_tilde_lies_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert files.path("~/a") == tmp_path / "home" / "a"
+    files.write_text("~/a", "here")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.txt"
