@@ -360,7 +360,8 @@ def _titles(count, labels, predictions, class_names):
 
 
 def _shortened(text: str) -> str:
-    lines = text.split("\n")
+    # Matplotlib cannot draw what stands for the bytes of a file's name that are not UTF-8.
+    lines = text.encode(errors="backslashreplace").decode().split("\n")
     return "\n".join(line if len(line) <= _LETTERS else line[: _LETTERS - 1] + "…" for line in lines)
 
 

@@ -50,6 +50,7 @@ def config_flag_names():
 def run(main):
     """Runs a script: parses the flags, calls `main(arguments)`, and turns the errors a user can mend into messages."""
     _log_to_stderr()
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: the name of a file need not be UTF-8
     app.run(lambda arguments: _guarded(main, arguments[1:]), flags_parser=_parse)
 
 

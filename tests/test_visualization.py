@@ -100,6 +100,12 @@ def test_wrong_predictions_are_marked_by_frame_and_by_words(images, attention):
     visualization.figure_to_array(figure)  # a dollar sign is no formula
 
 
+def test_the_name_of_a_file_that_is_not_utf_8_is_drawn_escaped(images, attention):
+    figure = visualization.attention_grid(images, attention, titles=["one", "k\udce4se.png", "three"])
+    visualization.figure_to_array(figure)
+    assert texts(figure) == ["one", "k\\udce4se.png", "three"]
+
+
 def test_own_titles_and_boxes_are_drawn(images, attention):
     boxes = [[0.25, 0.0, 0.75, 0.5], [0, 0, 0, 0], [0, 0, 1, 1]]
     figure = visualization.attention_grid(images, attention, titles=["one", "two", "x" * 40], boxes=np.array(boxes))

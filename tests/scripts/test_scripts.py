@@ -1,6 +1,7 @@
 """The scripts as a user calls them: in processes of their own."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -125,13 +126,16 @@ def test_visualize_draws_a_persons_pictures_and_names_what_is_none(run, tmp_path
     Image.new("LA", (20, 50), (200, 128)).save(tmp_path / "tall.png")
     Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(tmp_path / "deep.png")
     (tmp_path / "notes.png").write_text("no picture")
-    files = [tmp_path / name for name in ("wide.png", "notes.png", "tall.png", "missing.png", "deep.png")]
+    names = ("wide.png", "notes.png", "tall.png", "missing.png", "deep.png", os.fsdecode(b"k\xe4se.png"))  # no UTF-8
+    files = [tmp_path / name for name in names]
+    shutil.copy(files[0], files[-1])
     result = script("visualize", f"--run={folder}", "--images", *files, f"--output={tmp_path / 'out.png'}")
     assert result.returncode == 0, result.stderr
     assert "notes.png: this is no picture that can be read" in result.stderr
     assert "missing.png: there is no such file" in result.stderr
     assert "wide.png: " in result.stdout
     assert "tall.png: " in result.stdout
+    assert "k\\udce4se.png: " in result.stdout
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.width > 200
 
