@@ -4,6 +4,7 @@ python scripts/visualize.py --run=runs/digits
 python scripts/visualize.py --run=runs/digits --images one.png two.jpg --output=mine.png
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from absl import flags
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aib_tf import data, files, training, visualization
+from aib_tf.data import geometry
 
 _RUN = flags.DEFINE_string("run", None, "Folder of the run.", required=True)
 _IMAGES = flags.DEFINE_list("images", [], "Picture files, separated by commas or as further arguments.")
@@ -40,7 +42,7 @@ def main(arguments):
 
 
 def draw_pictures(model, info, sources, output):
-    """Draws a person's own pictures, cropped to the model's shape, with the predicted class."""
+    """Draws a person's own pictures, brought to the model's shape, with the predicted class."""
     height, width, channels = info.image_shape
     shown, seen, names = [], [], []
     for file in sources:
@@ -48,8 +50,8 @@ def draw_pictures(model, info, sources, output):
             with Image.open(file) as picture:
                 picture = _plain(picture).convert("L" if channels == 1 else "RGB")
                 scale = max(1, _SHOWN_PIXELS // max(height, width))
-                shown.append(np.array(ImageOps.fit(picture, (width * scale, height * scale))))
-                seen.append(np.array(ImageOps.fit(picture, (width, height))))
+                shown.append(_fit(picture, info, scale))
+                seen.append(_fit(picture, info))
         except FileNotFoundError:
             print(f"{file}: there is no such file; it is left out.", file=sys.stderr)
             continue
@@ -75,6 +77,21 @@ def draw_pictures(model, info, sources, output):
     visualization.save_figure(figure, output)
     for name, label, row in zip(names, classes, probabilities, strict=True):
         print(f"{name}: {label} ({row.max():.1%})")
+
+
+def _fit(picture, info, scale=1):
+    """Brings a picture to `scale` times the shape of the model: as the evaluation does, or where all images of the data
+    set have that shape, by the window in the middle that has its aspect ratio.
+    """
+    height, width, channels = info.image_shape
+    if info.resize is None:
+        return np.array(ImageOps.fit(picture, (width * scale, height * scale)))
+    info = dataclasses.replace(
+        info,
+        image_shape=(height * scale, width * scale, channels),
+        resize=tuple(side * scale for side in info.resize),
+    )
+    return geometry.prepare({"image": np.atleast_3d(picture)}, info, augment=False)["image"].numpy()
 
 
 def _plain(picture):
