@@ -78,6 +78,9 @@ def _parse(arguments):
         _fail(f"{error}\nThe flags are: {', '.join('--' + name for name in known)}.")
     except flags.Error as error:
         _fail(str(error))
+    except UnicodeDecodeError as error:
+        given = [argument for argument in arguments if argument.lstrip("-").startswith("flagfile")]
+        _fail(f"A flagfile is text in UTF-8, and this one is not: {error}. Received: {' '.join(given)}")
 
 
 def _flags_of(module):

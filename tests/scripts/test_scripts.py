@@ -215,6 +215,15 @@ def test_what_a_user_gets_wrong_is_said_in_a_few_lines_and_nothing_is_written(na
     assert not output.exists()
 
 
+def test_a_flagfile_that_is_not_utf_8_is_named(tmp_path):
+    file = tmp_path / "mine.flags"
+    file.write_bytes("# für später\n--epochs=3\n".encode("latin-1"))
+    result = script("train", f"--flagfile={file}", f"--output_dir={tmp_path / 'run'}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "A flagfile is text in UTF-8, and this one is not: 'utf-8' codec can't decode" in result.stderr
+    assert f"Received: --flagfile={file}" in result.stderr
+
+
 def test_help_lists_every_setting():
     result = script("train", "--help")
     for flag in ("--model:", "--beta_warmup_epochs:", "--output_dir:", "--[no]deterministic:"):
