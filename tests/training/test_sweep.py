@@ -213,6 +213,7 @@ def test_a_row_that_looks_at_another_has_folders_for_results_where_it_evaluates_
     ("old", "new", "message"),
     [
         ("title: Two models", "title: [", "cannot be read"),
+        ("title: Two models", "title: 2026-02-30", "cannot be read: day .*out of range.* Received: file="),
         ("title: Two models", "name: x", "has the keys title, flags, seeds.*Received: name='x'"),
         ("title: Two models", "title: 3", "Received: title=3"),
         ("seeds: [0, 1]", "seeds: [0, 0]", r"each once. Received: \[0, 0\]"),

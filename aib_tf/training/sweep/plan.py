@@ -195,7 +195,10 @@ def _load(text):
         if node is None:
             return None
         _check_keys_once(node, set())
-        return loader.construct_document(node)
+        try:
+            return loader.construct_document(node)
+        except ValueError as error:  # of a date that there is not, or of a number with too many digits
+            raise yaml.YAMLError(error) from None
     finally:
         loader.dispose()
 
