@@ -84,6 +84,15 @@ def test_output_shape_is_the_one_it_announces(descriptor):
     assert tuple(layer(values).shape) == tuple(layer.compute_output_shape(values.shape))
 
 
+@every_layer
+def test_a_layer_that_is_made_frozen_is_not_trained_by_the_model_around_it(descriptor):
+    model = as_model(descriptor, trainable=False)
+    ours = [layer for layer in model._flatten_layers() if type(layer).__module__.startswith("aib_tf.layers")]
+    frozen = {variable.path for layer in ours for variable in layer.variables}
+    assert ours
+    assert frozen.isdisjoint(variable.path for variable in model.trainable_variables)
+
+
 @everything
 def test_any_batch_size_gives_each_example_the_same_result(descriptor):
     model = as_model(descriptor)

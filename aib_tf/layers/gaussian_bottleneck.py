@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from aib_tf.layers.freezing import freeze_inner_layers
 from aib_tf.layers.gaussian import loss_dtype, reparameterize, statistics_dtype, stddev_from_scores
 from aib_tf.layers.reporting import keeps_metrics
 from aib_tf.losses import check_kl_form, kl_divergence, nats_to_bits
@@ -85,6 +86,7 @@ class GaussianBottleneck(keras.layers.Layer):
             2 * self.latent_dim, kernel_initializer=self.kernel_initializer, dtype=self.dtype_policy, name="statistics"
         )
         self._rate = Mean(name="rate_bits", dtype="float32") if keeps_metrics() else None
+        freeze_inner_layers(self)
 
     def build(self, input_shape):
         """Builds the dense layer for inputs (B, D)."""

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from aib_tf.layers.freezing import freeze_inner_layers
 from aib_tf.layers.gaussian import statistics_dtype
 from aib_tf.validation import check_choice
 
@@ -96,6 +97,7 @@ class PayAttention(keras.layers.Layer):
         if self.attention == "pc":
             self.scores = self._pointwise(1, self.kernel_initializer, "scores")
             self.scores.build((None, None, None, size))
+        freeze_inner_layers(self)
 
     def call(self, local, query, return_attention=False):
         """Returns the (B, D) pooled features, or a pair of them and the attention."""

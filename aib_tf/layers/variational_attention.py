@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from aib_tf.layers.freezing import freeze_inner_layers
 from aib_tf.layers.gaussian import reparameterize, statistics_dtype, stddev_from_scores
 from aib_tf.ops.replicas import SeedGenerator
 from aib_tf.validation import check_seed
@@ -79,6 +80,7 @@ class VariationalSpatialAttention(keras.layers.Layer):
         self._stddev_scores = keras.layers.Conv2D(
             1, 3, padding="same", data_format="channels_last", dtype=statistics_dtype(self), name="stddev"
         )
+        freeze_inner_layers(self)
 
     def build(self, input_shape):
         """Builds the two convolutions for features (B, H, W, C)."""
