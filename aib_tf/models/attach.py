@@ -86,7 +86,7 @@ def _encoder(backbone, cut):
     else:
         features = x = keras.Input(cut.shape[1:])
     if len(output.shape) == 4:
-        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+        x = keras.layers.GlobalAveragePooling2D(data_format="channels_last", name="pool")(x)
     elif len(output.shape) != 2:
         raise ValueError(
             "The backbone must end in maps (batch, height, width, channels) or vectors (batch, features). "

@@ -48,7 +48,12 @@ class Backbone:
         if not self.released_head:
             return None
         return keras.layers.Conv2D(
-            1, 3, padding="same", kernel_initializer=self.blocks.linear_initializer(), name="scores"
+            1,
+            3,
+            padding="same",
+            data_format="channels_last",
+            kernel_initializer=self.blocks.linear_initializer(),
+            name="scores",
         )
 
     def encoder(self, features_shape):

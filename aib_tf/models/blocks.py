@@ -154,17 +154,18 @@ class Blocks:
         """A convolution to exactly `channels` channels, which pads as PyTorch does: by size // 2 on every side."""
         if strides > 1 and size > 1:
             # Keras's "same" would pad more at the bottom and on the right.
-            x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_padding")(x)
+            x = keras.layers.ZeroPadding2D(size // 2, data_format="channels_last", name=f"{name}_padding")(x)
         elif strides > 1:
             # The same as a strided 1x1 convolution, whose gradient on few channels corrupts the heap in TensorFlow 2.21
             # with oneDNN.
-            x = keras.layers.MaxPooling2D(1, strides, name=f"{name}_stride")(x)
+            x = keras.layers.MaxPooling2D(1, strides, data_format="channels_last", name=f"{name}_stride")(x)
             strides = 1
         return keras.layers.Conv2D(
             channels,
             size,
             strides=strides,
             padding="same" if strides == 1 else "valid",
+            data_format="channels_last",
             use_bias=bias,
             kernel_initializer=self.linear_initializer() if linear else self._kernel(seed=self.seed()),
             name=name,
@@ -188,7 +189,7 @@ class Blocks:
 
     def pool(self, x, name):
         """2x2 max-pooling, which halves a map."""
-        return keras.layers.MaxPooling2D(name=name)(x)
+        return keras.layers.MaxPooling2D(data_format="channels_last", name=name)(x)
 
     def dense(self, x, units, name, **arguments):
         """A dense layer."""

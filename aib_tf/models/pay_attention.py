@@ -264,9 +264,14 @@ def _features(attended, input_shape, blocks, position):
         x = blocks.pool(blocks.norm_relu(x, f"block6_norm{number}"), f"block6_pool{number}")
     # As large as what is left of the image: one vector, whatever the size.
     x = keras.layers.Conv2D(
-        blocks.channels(512), x.shape[1:3], kernel_initializer=blocks.linear_initializer(), name="global"
+        blocks.channels(512),
+        x.shape[1:3],
+        data_format="channels_last",
+        kernel_initializer=blocks.linear_initializer(),
+        name="global",
     )(x)
-    return keras.Model(images, [*local, keras.layers.Flatten(name="flatten")(x)], name="features")
+    query = keras.layers.Flatten(data_format="channels_last", name="flatten")(x)
+    return keras.Model(images, [*local, query], name="features")
 
 
 def pytorch_layers(model):

@@ -53,7 +53,8 @@ class WideResNet(Backbone):
         features = keras.Input(features_shape)
         x = self._group(features, "group3", self.widths[3], 2)
         x = self.blocks.norm_relu(x, "norm")
-        return keras.Model(features, keras.layers.GlobalAveragePooling2D(name="pool")(x), name="encoder")
+        x = keras.layers.GlobalAveragePooling2D(data_format="channels_last", name="pool")(x)
+        return keras.Model(features, x, name="encoder")
 
     def decoder(self, code_size, plain):
         """A ReLU, which a plain network has had already, and a dense layer."""
@@ -94,8 +95,8 @@ class WideResNet50(Backbone):
         x = self.blocks.convolution(images, self.blocks.channels(64), "conv1", size=7, strides=2, bias=False)
         x = self.blocks.norm_relu(x, "norm1")
         # Zeros do as padding of a maximum over what a ReLU left.
-        x = keras.layers.ZeroPadding2D(1, name="pool1_padding")(x)
-        x = keras.layers.MaxPooling2D(3, 2, name="pool1")(x)
+        x = keras.layers.ZeroPadding2D(1, data_format="channels_last", name="pool1_padding")(x)
+        x = keras.layers.MaxPooling2D(3, 2, data_format="channels_last", name="pool1")(x)
         for stage, (planes, count) in enumerate(((64, 3), (128, 4), (256, 6)), start=1):
             x = self._stage(x, f"stage{stage}", planes, count, 1 if stage == 1 else 2)
         return keras.Model(images, x, name="features")
@@ -110,7 +111,8 @@ class WideResNet50(Backbone):
         """Modulated features -> one vector (B, 2048 * width)."""
         features = keras.Input(features_shape)
         x = self._stage(features, "stage4", 512, 3, 2)
-        return keras.Model(features, keras.layers.GlobalAveragePooling2D(name="pool")(x), name="encoder")
+        x = keras.layers.GlobalAveragePooling2D(data_format="channels_last", name="pool")(x)
+        return keras.Model(features, x, name="encoder")
 
     def decoder(self, code_size, plain):
         """As in the other networks; a plain one has a dense layer alone."""

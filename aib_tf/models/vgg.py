@@ -31,7 +31,8 @@ class VGG(Backbone):
         x = keras.layers.ReLU(name="global_relu")(x)
         # For larger images a map is left, which PyTorch lays out with channels first.
         x = keras.layers.Permute((3, 1, 2), name="channels_first")(x)
-        return keras.Model(features, keras.layers.Flatten(name="flatten")(x), name="encoder")
+        x = keras.layers.Flatten(data_format="channels_last", name="flatten")(x)
+        return keras.Model(features, x, name="encoder")
 
     def _block(self, x, name, channels, count):
         return self.blocks.convolutions(x, name, channels, count)
@@ -80,7 +81,8 @@ class VGG16(Backbone):
         x = AdaptiveAveragePooling2D(3, name="pool")(features)
         # Channels first, as PyTorch lays a map out, so that the weights of the next layer can be brought over.
         x = keras.layers.Permute((3, 1, 2), name="channels_first")(x)
-        return keras.Model(features, keras.layers.Flatten(name="flatten")(x), name="encoder")
+        x = keras.layers.Flatten(data_format="channels_last", name="flatten")(x)
+        return keras.Model(features, x, name="encoder")
 
     def _convolution_relu(self, x, channels, name):
         x = self.blocks.convolution(x, self.blocks.channels(channels), name)

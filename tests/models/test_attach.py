@@ -124,6 +124,17 @@ def test_sequential_models_work():
     assert attach_attention(backbone, "b", classes=4)(images()).shape == (3, 4)
 
 
+def test_a_map_is_averaged_over_its_positions_whatever_the_default_of_keras_is():
+    backbone = residual_backbone()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = attach_attention(backbone, "stem", classes=4)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    pooled = np.asarray(backbone(images())).mean((1, 2))
+    np.testing.assert_allclose(model.encoder(model.features(images())), pooled, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [

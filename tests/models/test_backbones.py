@@ -96,6 +96,19 @@ def test_other_sizes_than_the_papers_work(name, size):
     assert np.isfinite(explanation["logits"]).all()
 
 
+@pytest.mark.parametrize("name", ["vgg_aib_qt", "wrn_10_1_aib_qt", "wrn_50_2_cub", "vgg_att2"])
+def test_images_have_their_channels_last_whatever_the_default_of_keras_is(name):
+    images = np.random.default_rng(0).normal(size=(2, 64, 32, 3)).astype("float32")
+    options = {"classes": 5, "width": 0.0625, "latent_dim": 8, "initializers": "released", "seed": 0}
+    expected = aib_tf.models.build(name, images.shape[1:], **options)(images)
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = aib_tf.models.build(name, images.shape[1:], **options)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    np.testing.assert_allclose(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
