@@ -71,6 +71,19 @@ def cross_entropy(labels, logits):
     return ops.sparse_categorical_crossentropy(labels, _widen(logits), from_logits=True)
 
 
+def integer_labels(y_true, y_pred):
+    """Returns labels (B,) or (B, 1) as int32 (B,); ValueError for others, such as one-hot ones."""
+    y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
+    if len(y_true.shape) == len(y_pred.shape):
+        if y_true.shape[-1] not in (1, None):
+            raise ValueError(
+                "Labels must be the numbers of the classes, (batch,) or (batch, 1): of one-hot labels take the argmax. "
+                f"Received: y_true.shape={tuple(y_true.shape)}, y_pred.shape={tuple(y_pred.shape)}"
+            )
+        y_true = ops.squeeze(y_true, axis=-1)
+    return ops.cast(y_true, "int32")
+
+
 # Added to each position of an attention map before it is divided by its sum: the logarithm stays finite where a map
 # has underflowed to 0, and through a sigmoid or softmax its gradient stays below 1.
 _POSITION_FLOOR = 1e-7
@@ -162,9 +175,7 @@ class CrossEntropyBits(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         """Returns the (B,) cross-entropies, in bits."""
-        if len(y_true.shape) == len(y_pred.shape):
-            y_true = ops.squeeze(y_true, axis=-1)
-        return nats_to_bits(cross_entropy(ops.cast(y_true, "int32"), y_pred))
+        return nats_to_bits(cross_entropy(integer_labels(y_true, y_pred), y_pred))
 
     def get_config(self):
         """Returns the constructor's arguments."""

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from aib_tf.losses import cross_entropy, nats_to_bits
+from aib_tf.losses import cross_entropy, integer_labels, nats_to_bits
 
 
 @keras.saving.register_keras_serializable(package="aib_tf.metrics")
@@ -25,7 +25,7 @@ class CrossEntropyBits(keras.metrics.MeanMetricWrapper):
 
 
 def _cross_entropy_bits(y_true, y_pred):
-    return nats_to_bits(cross_entropy(ops.cast(ops.reshape(y_true, (-1,)), "int32"), y_pred))
+    return nats_to_bits(cross_entropy(integer_labels(y_true, y_pred), y_pred))
 
 
 @keras.saving.register_keras_serializable(package="aib_tf.metrics")
@@ -59,7 +59,7 @@ class LabelInformation(keras.metrics.Metric):
             y_pred: (B, classes) logits.
             sample_weight: None or (B,) weights.
         """
-        labels = ops.cast(ops.reshape(y_true, (-1,)), "int32")
+        labels = integer_labels(y_true, y_pred)
         bits = nats_to_bits(cross_entropy(labels, y_pred))
         weight = ops.ones_like(bits) if sample_weight is None else ops.reshape(sample_weight, (-1,))
         weight = ops.cast(weight, bits.dtype)

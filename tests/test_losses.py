@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from aib_tf import losses
+from aib_tf import losses, metrics
 from tests import reference
 
 
@@ -43,6 +43,13 @@ def test_cross_entropy_bits_is_the_mean_over_the_batch_in_bits(column):
     labels = np.array([0, 1, 2, 3, 0, 1])
     loss = losses.CrossEntropyBits()(labels[:, None] if column else labels, logits)
     np.testing.assert_allclose(loss, reference.cross_entropy_bits(labels, logits).mean(), rtol=1e-5)
+
+
+def test_one_hot_labels_are_named_by_the_loss_and_the_metrics():
+    arguments = np.eye(4)[[0, 1]], np.zeros((2, 4))
+    for function in (losses.CrossEntropyBits(), metrics.CrossEntropyBits(), metrics.LabelInformation(4)):
+        with pytest.raises(ValueError, match=r"take the argmax\. Received: y_true\.shape=\(2, 4\), y_pred"):
+            function(*arguments)
 
 
 def test_cross_entropy_bits_round_trips_through_its_config():
