@@ -166,7 +166,7 @@ class CrossEntropyBits(keras.losses.Loss):
 
     Example:
         >>> loss = aib_tf.losses.CrossEntropyBits()
-        >>> float(loss([1], [[0.0, 0.0, 0.0, 0.0]]))  # four equally likely classes
+        >>> float(loss(np.array([1]), np.zeros((1, 4))))  # four equally likely classes
         2.0
     """
 

@@ -1,13 +1,19 @@
-"""The tutorial runs, and what the pages link to is there."""
+"""The tutorial runs, what the pages link to is there, and examples in docstrings are true."""
 
+import doctest
 import functools
+import importlib
 import importlib.util
 import json
 import re
 import urllib.parse
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
+
+import aib_tf
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
@@ -115,3 +121,30 @@ def test_the_tutorial_runs_from_top_to_bottom(tmp_path, monkeypatch):
     cells = [cell for cell in run_tutorial.executed(NOTEBOOK).cells if cell.cell_type == "code"]
     shown = [[output["output_type"] for output in cell["outputs"]] for cell in cells]
     assert shown == [[output["output_type"] for output in cell["outputs"]] for cell in code_cells()]
+
+
+class _AnyShape(doctest.OutputChecker):
+    """Examples show shapes as tuples; TensorFlow prints them in its own way."""
+
+    def check_output(self, want, got, optionflags):
+        return super().check_output(want, re.sub(r"TensorShape\(\[(.*)\]\)", r"(\1)", got), optionflags)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "aib_tf.losses",
+        "aib_tf.layers.anchor_quantizer",
+        "aib_tf.layers.gaussian_bottleneck",
+        "aib_tf.layers.pay_attention",
+        "aib_tf.layers.variational_attention",
+    ],
+)
+def test_examples_in_docstrings_give_what_they_show(module):
+    names = {"aib_tf": aib_tf, "keras": keras, "np": np}
+    examples = doctest.DocTestFinder().find(importlib.import_module(module), extraglobs=names)
+    runner = doctest.DocTestRunner(_AnyShape(), verbose=False)
+    for example in examples:
+        runner.run(example)
+    assert runner.tries > 0
+    assert runner.failures == 0

@@ -44,7 +44,7 @@ class AnchorQuantizer(keras.layers.Layer):
 
     Example:
         >>> quantizer = aib_tf.layers.AnchorQuantizer(num_anchors=3)  # anchors 0, 0.5, 1
-        >>> quantizer(np.array([[0.1, 0.6, 0.9]], "float32")).tolist()
+        >>> np.asarray(quantizer(np.array([[0.1, 0.6, 0.9]], "float32"))).tolist()
         [[0.0, 0.5, 1.0]]
 
     Reference:
