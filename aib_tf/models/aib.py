@@ -166,7 +166,7 @@ class AIBClassifier(SupervisedAttention, keras.Model):
             code = _fold(self.bottleneck.sample(mean, stddev, samples)) if samples else mean
             code = ops.cast(code, self.bottleneck.compute_dtype)
         logits = self.decoder(code, training=False)
-        combinations = ops.shape(logits)[0] // ops.shape(images)[0]
+        combinations = draws if self.bottleneck is None else draws * draws
         logits = ops.mean(_unfold(logits, combinations), axis=0)
         explanation["logits"] = logits
         explanation["probabilities"] = ops.softmax(logits)

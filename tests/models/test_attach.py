@@ -124,6 +124,16 @@ def test_sequential_models_work():
     assert attach_attention(backbone, "b", classes=4)(images()).shape == (3, 4)
 
 
+@pytest.mark.parametrize("samples", [0, 3])
+def test_an_empty_batch_has_an_empty_explanation(samples):
+    x = keras.Input((6, 5, 1))
+    backbone = keras.Model(x, keras.layers.Rescaling(2.0, name="map")(x))
+    model = attach_attention(backbone, "map", classes=4, quantize=True)
+    explanation = model.explain(np.zeros((0, 6, 5, 1), "float32"), samples)
+    assert explanation["logits"].shape == (0, 4)
+    assert explanation["attention_quantized"].shape == (max(samples, 1), 0, 6, 5)
+
+
 def test_a_map_is_averaged_over_its_positions_whatever_the_default_of_keras_is():
     backbone = residual_backbone()
     keras.config.set_image_data_format("channels_first")
