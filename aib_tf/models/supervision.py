@@ -109,4 +109,6 @@ class SupervisedAttention:
         given = ops.any(ops.reshape(ops.cast(maps, "float32"), (ops.shape(values)[0], -1)) > 0, axis=1)
         for metric in self._supervision.metrics:
             metric.update_state(values, sample_weight=ops.cast(given, "float32"))
-        self.add_loss(mark_own(self._supervision.weight * ops.cast(ops.mean(values), loss_dtype())))
+        # 0 for an empty batch, which tf.distribute can hand to a replica.
+        mean = ops.sum(values) / ops.cast(ops.maximum(ops.shape(values)[0], 1), values.dtype)
+        self.add_loss(mark_own(self._supervision.weight * ops.cast(mean, loss_dtype())))

@@ -176,6 +176,14 @@ def test_two_replicas_take_the_steps_of_one_device():
         np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
 
 
+def test_an_empty_batch_costs_nothing():
+    images = keras.Input((6, 5, 1))
+    model = attach_attention(keras.Model(images, keras.layers.Rescaling(2.0, name="map")(images)), "map", CLASSES)
+    model.supervise_attention()
+    model((np.zeros((0, 6, 5, 1), "float32"), np.zeros((0, 6, 5), "float32")), training=True)
+    assert [float(loss) for loss in model.losses] == [0.0, 0.0]
+
+
 def test_what_does_not_fit_is_named():
     images, masks, labels = batch()
     plain = aib_tf.models.build("vgg", (32, 32, 1), CLASSES, width=0.02)
