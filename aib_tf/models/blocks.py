@@ -31,8 +31,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
             fused = normalization(inputs, self.gamma, self.beta, self.epsilon)
         if fused is not None:
             outputs, mean, variance = fused
-            self._move(self.moving_mean, mean)
-            self._move(self.moving_variance, variance)
+            # The statistics of an empty batch, which tf.distribute can hand to a replica, are NaN.
+            is_empty = ops.shape(inputs)[0] == 0
+            for statistic, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
+                self._move(statistic, ops.where(is_empty, ops.cast(statistic, value.dtype), value))
             return ops.cast(outputs, self.compute_dtype)
         before = ops.copy(self.moving_variance)
         outputs = super().call(inputs, training=training, mask=mask)

@@ -48,6 +48,23 @@ def test_fused_kernel_gives_the_statistics_of_the_plain_way_also_under_xla(jit_c
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_an_empty_batch_leaves_the_statistics_and_has_no_gradient(graph):
+    layer = BatchNormalization()
+    layer.build((None, 3, 3, 4))
+
+    def step(values):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(values, training=True))
+        return tape.gradient(loss, [layer.gamma.value, layer.beta.value])
+
+    if graph:
+        step = tf.function(step, input_signature=[tf.TensorSpec((None, 3, 3, 4))])
+    np.testing.assert_array_equal(step(tf.zeros((0, 3, 3, 4))), np.zeros((2, 4)))
+    np.testing.assert_array_equal(layer.moving_mean, np.zeros(4))
+    np.testing.assert_array_equal(layer.moving_variance, np.ones(4))
+
+
 def test_a_frozen_normalisation_keeps_its_statistics():
     layer = BatchNormalization(trainable=False)
     layer(np.ones((3, 2), "float32"), training=True)
