@@ -16,7 +16,7 @@ def statistics_dtype(layer):
 
 def loss_dtype():
     """The dtype of the loss terms that layers add: that of Keras's own losses, which Keras adds them to."""
-    return "float64" if keras.config.floatx() == "float64" else "float32"
+    return keras.config.floatx()
 
 
 def stddev_from_scores(scores):

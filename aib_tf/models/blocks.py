@@ -4,7 +4,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from aib_tf.layers.gaussian import loss_dtype
 from aib_tf.ops.batch_normalization import fused_batch_normalization, synchronized_batch_normalization
 from aib_tf.ops.replicas import SeedGenerator
 from aib_tf.validation import check_count
@@ -116,6 +115,11 @@ def _windows(size, count):
     return weights
 
 
+def logits_dtype():
+    """The dtype of the layers that give class scores: float32 also in half precision, float64 where asked for."""
+    return "float64" if keras.config.floatx() == "float64" else "float32"
+
+
 class Blocks:
     """Applies the blocks of a network, all with its width and its way to start.
 
@@ -203,8 +207,8 @@ class Blocks:
         return keras.layers.Dense(units, activation, kernel_initializer=initializer, name=name, **arguments)
 
     def logits(self, x, classes):
-        """The last layer: scores of the classes, in float32 also under mixed precision."""
-        return self.dense(x, classes, "logits", dtype=loss_dtype())
+        """The last layer: scores of the classes, in float32 also in half precision."""
+        return self.dense(x, classes, "logits", dtype=logits_dtype())
 
     def decoder(self, code_size, hidden, classes):
         """The model from a code (B, code_size) through `hidden` units with ReLU to logits (B, classes)."""

@@ -5,8 +5,8 @@ import math
 import keras
 from keras import ops
 
-from aib_tf.layers.gaussian import loss_dtype
 from aib_tf.layers.pay_attention import PayAttention
+from aib_tf.models.blocks import logits_dtype
 from aib_tf.models.supervision import SupervisedAttention
 from aib_tf.validation import check_choice
 
@@ -236,7 +236,7 @@ def build_pay_attention(
         keras.layers.Dense(
             classes,
             kernel_initializer=keras.initializers.GlorotUniform(seed=blocks.seed()),
-            dtype=loss_dtype(),
+            dtype=logits_dtype(),
             name=classifier,
         )
         for classifier in (["logits"] if combine == "concat" else [f"logits{number}" for number in numbers])

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from aib_tf.layers import GaussianBottleneck
+from aib_tf.layers import AnchorQuantizer, GaussianBottleneck
 from tests import reference
 
 
@@ -108,6 +108,20 @@ def test_reported_rate_is_the_mean_over_images_not_over_batches():
     layer(x[4:])
     whole(x)
     np.testing.assert_allclose(layer._rate.result(), whole._rate.result(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("floatx", ["bfloat16", "float16"])
+def test_the_loss_is_added_to_those_of_keras_in_half_precision_too(floatx):
+    keras.config.set_floatx(floatx)
+    try:
+        inputs = keras.Input((3,))
+        latent = GaussianBottleneck(2, dtype=floatx)(inputs)
+        model = keras.Model(inputs, AnchorQuantizer(dtype=floatx)(latent))
+        model.compile("sgd", loss="mse", jit_compile=False)
+        history = model.fit(np.ones((2, 3)), np.ones((2, 2)), verbose=0).history
+    finally:
+        keras.config.set_floatx("float32")
+    assert np.isfinite(np.float32(history["loss"])).all()
 
 
 def test_numbers_of_numpy_are_taken_as_numbers():
