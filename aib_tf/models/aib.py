@@ -202,7 +202,7 @@ def _repeat(x, times):
     if times == 1:
         return x
     # Tiling a batch of unknown size loses the sizes that are known, which a Flatten behind it needs.
-    return ops.reshape(ops.tile(x, (times, *(1 for _ in x.shape[1:]))), (-1, *x.shape[1:]))
+    return ops.reshape(ops.tile(x, (times, *(1 for _ in x.shape[1:]))), (-1, *ops.shape(x)[1:]))
 
 
 def _fold(x):

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import aib_tf
 from aib_tf.models import attach_attention
@@ -114,6 +115,15 @@ def test_a_backbone_of_unknown_size_and_of_another_precision_works():
     model = attach_attention(backbone, "a", classes=4, seed=0)
     assert model.explain(images(), samples=2)["attention"].shape == (2, 3, 14, 18)
     assert model.explain(images()[:, :10])["attention_mean"].shape == (3, 8, 18)
+
+
+def test_samples_of_an_unknown_size_can_be_traced():
+    x = keras.Input((None, None, 3))
+    y = keras.layers.Conv2D(8, 3, name="a")(x)
+    model = attach_attention(keras.Model(x, keras.layers.Conv2D(8, 3, name="b")(y)), "a", classes=4, seed=0)
+    signature = [tf.TensorSpec((None, None, None, 3))]
+    explain = tf.function(lambda pictures: model.explain(pictures, samples=2), input_signature=signature)
+    assert explain(images())["attention"].shape == (2, 3, 14, 18)
 
 
 def test_sequential_models_work():
