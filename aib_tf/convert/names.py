@@ -250,7 +250,8 @@ def _likeness(shapes):
         layers = ["features.0", "features.5", "features.10", "features.17"]
     elif "layer4.0.conv1.weight" in shapes:
         name, base, last = "wrn_50_2_cub", "wrn_50_2_cub", "decode.2" if variant else "fc"
-        layers, widths = ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"], (64, 128, 256, 512)
+        layers = ["conv1", *(f"layer{number}.0.conv1" for number in (1, 2, 3, 4)), "layer4.0.conv3"]
+        widths = (64, 128, 256, 512, 1024, 2048)
     elif "block1.layer.0.conv1.weight" in shapes:
         blocks = sum(1 for key in shapes if re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", key))
         layers = ["conv1", *(f"block{number}.layer.0.conv1" for number in (1, 2, 3))]

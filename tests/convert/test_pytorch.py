@@ -84,6 +84,13 @@ def test_any_width_is_recognised(name, width):
     convert.from_pytorch(state, aib_tf.models.build(likely.name, (32, 32, 3), 4, **likely.overrides))
 
 
+@pytest.mark.parametrize("width", [0.05, 0.11])
+def test_the_width_is_that_of_the_widest_layers_too(width):
+    state = convert.to_pytorch(build("wrn_50_2_cub", width=width))
+    likely = convert.looks_like(state)
+    convert.from_pytorch(state, aib_tf.models.build(likely.name, (32, 32, 3), 4, **likely.overrides))
+
+
 def test_half_of_a_network_looks_like_none_and_is_listed_all_the_same():
     state = convert.to_pytorch(build("vgg_aib"))
     del state["decode.2.weight"]
