@@ -149,9 +149,11 @@ def for_report(name, run, config, model, baseline, results, gallery):
         context["best epoch"] = best["epoch"]
     if baseline is not None:
         context["Grad-CAM"] = f"of {files.path(_BASELINE.value).name}"
-    # Runs whose folders differ in their seed alone are seeds of one model.
+    # Runs whose folders differ in their seed alone are seeds of one model; the 0 of anchors_20 is no seed.
     seed = config.resolved().seed
-    group = name.removesuffix(str(seed)).removesuffix("seed").rstrip("-_. ") if name.endswith(str(seed)) else name
+    stem = name.removesuffix(str(seed))
+    is_seed = stem != name and not stem[-1:].isdigit()
+    group = stem.removesuffix("seed").rstrip("-_. ") if is_seed else name
     return gallery, evaluation.report.RunResults(results, context, maps, group or name, seed)
 
 

@@ -1,5 +1,7 @@
 """The scripts as a user calls them: in processes of their own."""
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +14,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from aib_tf import data, training
+from aib_tf import data, files, models, training
+from aib_tf.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -98,6 +101,36 @@ def test_evaluate_writes_a_report_that_compares_runs_and_goes_on_where_it_was(ru
     assert list(runs) == ["digits", "other3"]
     assert runs["digits"]["suites"] == runs["other3"]["suites"]
     assert list(runs["digits"]["suites"]) == ["localisation", "robustness"]
+
+
+@pytest.fixture(scope="module")
+def runs_of_pictures(tmp_path_factory):
+    """Two runs of a folder of pictures, and one of another folder of this name; none of them is trained."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for data_dir, split, label in itertools.product(("first", "second"), ("train", "validation", "test"), "ab"):
+        for number in range(2):
+            file = folder / data_dir / "pets" / split / label / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(file)
+    model = models.build("vgg", (32, 32, 3), 2, width=0.05, seed=0)
+    for name, data_dir in (("q20", "first"), ("q2", "first"), ("other", "second")):
+        images = {"dataset": "image_folder_32/pets", "data_dir": str(folder / data_dir)}
+        config = Config.from_flat({"model": "vgg", **images})
+        (folder / name).mkdir()
+        model.save(folder / name / "best.keras")
+        (folder / name / "history.csv").write_text("epoch\n1\n")
+        files.write_json(folder / name / "config.json", {"config": dataclasses.asdict(config)})
+    return folder
+
+
+def test_a_number_that_ends_like_the_seed_is_not_the_seed(runs_of_pictures):
+    folder = runs_of_pictures
+    compared = [f"--run={folder / 'q20'}", f"--compare={folder / 'q2'}", "--suite=accuracy"]
+    result = script("evaluate", *compared, f"--report={folder / 'report'}")
+    assert result.returncode == 0, result.stderr
+    runs = json.loads((folder / "report" / "metrics.json").read_text())["runs"]
+    assert {name: (run["group"], run["seed"]) for name, run in runs.items()} == {"q20": ("q20", 0), "q2": ("q2", 0)}
 
 
 def test_evaluate_takes_a_split_a_suite_samples_and_a_folder_of_its_own(run, tmp_path):
