@@ -10,6 +10,7 @@ import re
 import sys
 
 import command_line
+import numpy as np
 from absl import flags
 
 from aib_tf import data, evaluation, files, training
@@ -135,13 +136,21 @@ def transfer_to(config):
 def for_report(name, run, config, model, baseline, results, gallery):
     """The images of the report, which the first run chooses, and what it says of one run."""
     info = data.get(config.data.name, config.data.data_dir)
-    gallery, maps = evaluation.report.gallery(
+    chosen, maps = evaluation.report.gallery(
         training.subject(model, config, baseline),
         training.measured_images(config, _SPLIT.value),
         _SHOWN,
         class_names=info.class_names,
         indices=None if gallery is None else gallery.indices,
     )
+    # Two folders of pictures may have one name.
+    if gallery is not None and not all(
+        np.array_equal(getattr(chosen, field), getattr(gallery, field)) for field in ("pictures", "labels")
+    ):
+        raise ValueError(
+            "Runs that are compared must be of one data set, and this one has other images than the runs before it. "
+            f"Received: {run.path} of {config.data.name} in {config.data.data_dir}"
+        )
     best = run.best
     context = {"model": config.model.name, "data": config.data.name, "split": _SPLIT.value}
     context["run"] = run.path.name
@@ -154,7 +163,7 @@ def for_report(name, run, config, model, baseline, results, gallery):
     stem = name.removesuffix(str(seed))
     is_seed = stem != name and not stem[-1:].isdigit()
     group = stem.removesuffix("seed").rstrip("-_. ") if is_seed else name
-    return gallery, evaluation.report.RunResults(results, context, maps, group or name, seed)
+    return chosen, evaluation.report.RunResults(results, context, maps, group or name, seed)
 
 
 def check_comparable(opened):

@@ -133,6 +133,15 @@ def test_a_number_that_ends_like_the_seed_is_not_the_seed(runs_of_pictures):
     assert {name: (run["group"], run["seed"]) for name, run in runs.items()} == {"q20": ("q20", 0), "q2": ("q2", 0)}
 
 
+def test_runs_of_other_images_are_not_compared(runs_of_pictures):
+    folder = runs_of_pictures
+    compared = [f"--run={folder / 'q2'}", f"--compare={folder / 'other'}", "--suite=accuracy"]
+    result = script("evaluate", *compared, f"--report={folder / 'refused'}")
+    assert result.returncode == 2
+    assert "must be of one data set, and this one has other images" in result.stderr
+    assert not (folder / "refused").exists()
+
+
 def test_evaluate_takes_a_split_a_suite_samples_and_a_folder_of_its_own(run, tmp_path):
     folder, _ = run
     flags = ["--split=validation", "--suite=accuracy", "--samples=2", f"--output_dir={tmp_path / 'drawn'}"]
