@@ -13,6 +13,7 @@
 # DOCKER_ARGS    further arguments of `docker run`, separated by spaces
 
 set -euo pipefail
+unset CDPATH # with it, cd may go elsewhere, and prints where
 
 fail() {
   printf '%s: %s\n' "${0##*/}" "$1" >&2

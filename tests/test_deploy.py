@@ -212,6 +212,10 @@ def test_serve_mounts_the_model_and_every_file_that_it_names(serve, exported):
     }
 
 
+def test_serve_finds_its_folders_whatever_cd_searches(serve, exported):
+    assert serve("my models/digits", CDPATH=".") == serve("my models/digits")
+
+
 def test_serve_turns_on_what_the_files_are_for(serve, exported):
     flags = _flags(serve(exported)[2])
     assert flags["enable_batching"] == "true"
