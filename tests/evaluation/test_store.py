@@ -101,7 +101,9 @@ def test_a_damaged_file_is_named_and_measured_again(model, dataset, tmp_path, co
     evaluation.evaluate(model, dataset, ["bottleneck"], folder=tmp_path)
     file = tmp_path / "bottleneck.npz"
     whole = file.read_bytes()
-    for damaged in (whole[:100], b"", whole[:200] + bytes(100) + whole[300:]):
+    directory = whole.index(b"PK\1\2")  # the list of members; 10 bytes on it has the method of compression
+    unknown = whole[: directory + 10] + b"\x63" + whole[directory + 11 :]
+    for damaged in (whole[:100], b"", whole[:200] + bytes(100) + whole[300:], unknown):
         counted.clear()
         caplog.clear()
         file.write_bytes(damaged)
