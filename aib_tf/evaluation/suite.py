@@ -76,9 +76,12 @@ class Batch:
             axis: The axis of the images.
 
         Raises:
-            ValueError: It has another shape, or holds NaN or an infinity.
+            ValueError: It has another shape, holds NaN or an infinity, or is of logits that are probabilities.
         """
-        return self._checked(name, self.explanation[name], rank, axis)
+        values = self._checked(name, self.explanation[name], rank, axis)
+        if name == "logits":
+            self.subject.check_logits(values)
+        return values
 
     def _checked(self, name, values, rank, axis):
         values = np.asarray(values).astype(np.float64)

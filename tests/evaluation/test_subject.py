@@ -56,8 +56,9 @@ def test_a_model_that_ends_in_probabilities_says_so():
     found = Subject(softmax, probabilities=True).explain(images)
     np.testing.assert_allclose(found["probabilities"], tf.nn.softmax(plain(images)), rtol=1e-5)
     dataset = [(images, np.array([0, 1, 2, 0, 1]))]
-    with pytest.raises(ValueError, match=r"probabilities=True.*of sum 1"):
-        evaluation.accuracy(softmax, dataset)
+    for suite in (evaluation.accuracy, evaluation.consistency, evaluation.faithfulness, evaluation.robustness):
+        with pytest.raises(ValueError, match=r"probabilities=True.*of sum 1"):
+            suite(Subject(softmax, maps=lambda images: images[..., 0]), dataset)
     wrapped = evaluation.accuracy(Subject(softmax, probabilities=True), dataset)
     assert wrapped["nll_nats"].value == pytest.approx(evaluation.accuracy(plain, dataset)["nll_nats"].value, rel=1e-5)
 
