@@ -58,7 +58,7 @@ def saved_model(
 
     Args:
         model: an `AIBClassifier` or a `PayAttentionClassifier`.
-        path: folder of the versions; its name is that of the model in TensorFlow Serving.
+        path: local folder of the versions; its name is that of the model in TensorFlow Serving.
         version: a number from 1 up; None for the one after the largest that is there.
         dataset: name or `DatasetInfo` of the data set that the model was trained on, for the statistics that normalise
             pixels, how pictures are resized, and the class names. None: the next three say so, and pictures are
@@ -83,8 +83,8 @@ def saved_model(
 
     Raises:
         TypeError: if the model is of another class.
-        ValueError: for unknown choices, a data set, statistics or class names that do not fit the model, weights that
-            are not finite.
+        ValueError: for unknown choices, a path that is not local, a data set, statistics or class names that do not fit
+            the model, weights that are not finite.
         UnportableModelError: a ValueError, if a layer of the model makes operations that are not TensorFlow's own.
         ImportError: with `compiled_op`, if it cannot be used here; on another Keras backend than TensorFlow.
         FileExistsError: if the version is there already; it stays as it is.
@@ -100,6 +100,12 @@ def saved_model(
         raise ImportError(
             "A SavedModel is made by TensorFlow: save the model as .keras, and load it for the export in a process "
             f"with KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.config.backend()}"
+        )
+    path = files.path(path)
+    if isinstance(path, files.RemotePath):
+        raise ValueError(
+            "A SavedModel is written to a local folder: export to one, and copy the folder of the version to where the "
+            f"server looks. Received: path={str(path)!r}"
         )
     check_classifier(model)
     preprocessing = Preprocessing.of(model, dataset, class_names, mean, stddev)
@@ -119,7 +125,6 @@ def saved_model(
             write_warmup_requests(folder, path.resolve().name, inputs)
         _check_answers(folder, inputs)
 
-    path = Path(path)
     folder = _new_version(path, version, write)
     _logger.info("Wrote version %s of %s to %s.", folder.name, model.name, folder)
     return folder

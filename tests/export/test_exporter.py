@@ -242,6 +242,13 @@ def test_a_folder_that_is_none_or_cannot_be_made_is_an_error(model, tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_path_with_a_scheme_makes_no_local_folder_of_its_name(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"local folder.*Received: path='ram://models/digits'"):
+        export.saved_model(model, "ram://models/digits")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [tf.errors.ResourceExhaustedError(None, None, "No space left"), KeyboardInterrupt()])
 def test_an_export_that_stops_half_way_leaves_nothing(model, tmp_path, monkeypatch, error):
     save = tf.saved_model.save
