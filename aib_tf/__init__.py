@@ -1,6 +1,6 @@
 """Attention with an information bottleneck for TensorFlow and Keras.
 
-The layers, models, losses and metrics are imported here, so that `import aib_tf` registers them with Keras
+The layers, models, losses, metrics and optimizers are imported here, so that `import aib_tf` registers them with Keras
 and `keras.models.load_model` finds them. `aib_tf.convert`, `aib_tf.data`, `aib_tf.evaluation`, `aib_tf.export`,
 `aib_tf.serving`, `aib_tf.training` and `aib_tf.visualization` are imported on first use: most of them need TensorFlow
 whatever the Keras backend is.
@@ -9,6 +9,7 @@ whatever the Keras backend is.
 import importlib
 
 from aib_tf import config, layers, losses, metrics, models, ops
+from aib_tf import optimizers as _registered  # noqa: F401  offered by aib_tf.training; trained models are saved with them
 
 __version__ = "0.1.0"
 

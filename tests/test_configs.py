@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aib_tf import config, data, models
-from aib_tf.training.optimizers import learning_rate_schedule
+from aib_tf.optimizers import learning_rate_schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "configs").rglob("*.flags"))

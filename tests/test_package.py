@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import keras
+import numpy as np
+import pytest
+
 import aib_tf
 
 
@@ -18,6 +22,17 @@ def test_importing_costs_less_than_half_a_second_over_tensorflow():
     ]
     assert min(float(seconds) for seconds, _ in outputs) < 0.5
     assert outputs[0][1] == "False"
+
+
+@pytest.mark.parametrize("optimizer", [aib_tf.training.SGD, aib_tf.training.Adam])
+def test_importing_is_enough_to_load_a_model_that_was_trained(optimizer, tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizer(0.1), loss="mse")
+    model.fit(np.ones((2, 2)), np.ones(2), verbose=0)
+    model.save(tmp_path / "best.keras")
+    program = f"import keras, aib_tf\nprint(keras.saving.load_model({str(tmp_path / 'best.keras')!r}).optimizer.name)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == model.optimizer.name, result.stderr
 
 
 def test_every_exported_name_is_there_once():

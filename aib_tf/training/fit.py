@@ -12,6 +12,7 @@ import tensorflow as tf
 from aib_tf import convert, data, evaluation, files, losses, metrics, models, visualization
 from aib_tf.config import LEARNING_RATE_SCALINGS, Config, differences
 from aib_tf.models.registry import look_up
+from aib_tf.optimizers import learning_rate_schedule, make_optimizer
 from aib_tf.training import distribution
 from aib_tf.training.callbacks import (
     AveragedWeights,
@@ -27,7 +28,6 @@ from aib_tf.training.callbacks import (
 )
 from aib_tf.training.checkpoints import Progress
 from aib_tf.training.cluster import ClusterError
-from aib_tf.training.optimizers import learning_rate_schedule, make_optimizer
 from aib_tf.training.results import draw_attention, measure, measuring_batch
 from aib_tf.training.run import Run
 from aib_tf.training.supervision import maps_field, with_maps

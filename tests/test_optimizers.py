@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from aib_tf.config import OptimizationConfig
+from aib_tf.optimizers import make_optimizer
 from aib_tf.training import SGD, Adam, learning_rate_schedule
-from aib_tf.training.optimizers import make_optimizer
 
 GRADIENTS = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
 
