@@ -1,6 +1,7 @@
 """What every public layer and model has to be able to do, on any Keras backend."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -42,6 +43,11 @@ def compiled(model, optimizer=None, **arguments):
     return model
 
 
+def config_of(model):
+    """Its config in JSON, without the numbers of operations: Keras 3.10 counts those with arguments on in a copy."""
+    return re.sub(r'"(max|mean)_\d+"', r'"\1"', json.dumps(model.get_config()))
+
+
 def numpy(values):
     return np.asarray(keras.ops.convert_to_numpy(values))
 
@@ -66,9 +72,8 @@ def test_every_public_layer_and_every_model_is_in_the_table():
 @everything
 def test_config_makes_the_same_again(descriptor):
     original = descriptor.make()
-    config = json.dumps(original.get_config())
-    copy = type(original).from_config(json.loads(config))
-    assert json.dumps(copy.get_config()) == config
+    copy = type(original).from_config(json.loads(json.dumps(original.get_config())))
+    assert config_of(copy) == config_of(original)
     values = inputs(descriptor)
     original(values)
     copy(values)
