@@ -1,5 +1,6 @@
 """Sweeps: the file, what is run and what is not run again, and the table. The trainer here copies what is prepared."""
 
+import inspect
 import json
 import math
 import os
@@ -173,7 +174,7 @@ def test_a_row_may_have_seeds_of_its_own_and_a_flag_may_be_taken_back(workplace)
 
 
 def test_the_example_of_the_documentation_is_a_sweep(workplace):
-    example = re.search(r"The file is YAML:\n\n(.*?)\n\n    Args:", sweep.read.__doc__, re.DOTALL).group(1)
+    example = re.search(r"The file is YAML:\n\n(.*?)\n\nArgs:", inspect.getdoc(sweep.read), re.DOTALL).group(1)
     rows = workplace.read(example).rows
     assert [len(cells) for cells in rows.values()] == [3, 2, 2]
 
