@@ -1,13 +1,11 @@
 """scripts/sweep.py in this process, with programs in the place of its neighbours that take no time."""
 
-import importlib.util
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from tests.scripts import in_process
 
 SWEEP = """
 title: Nothing to see
@@ -19,14 +17,7 @@ columns: {accuracy: accuracy.top_1}
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("script_sweep", SCRIPTS / "sweep.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    return in_process.load("sweep")
 
 
 @pytest.fixture

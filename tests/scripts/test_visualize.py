@@ -1,36 +1,16 @@
 """scripts/visualize.py in this process, with a model that keeps what it was shown."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from aib_tf import data
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from tests.scripts import in_process
 
 
 @pytest.fixture(scope="module")
 def script():
-    """The module. Its flags are taken away again: those of other scripts in this process have the same names."""
-    names = ("run", "images", "split", "count", "data_dir", "output")
-    others = {name: flags.FLAGS[name] for name in names if name in flags.FLAGS}
-    flags.FLAGS.remove_flag_values(others)
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("script_visualize", SCRIPTS / "visualize.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        flags.FLAGS.remove_flag_values(names)
-        for name, flag in others.items():
-            flags.FLAGS[name] = flag
+    return in_process.load("visualize")
 
 
 class Watcher:
