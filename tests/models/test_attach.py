@@ -172,7 +172,8 @@ def test_a_layer_that_is_not_there_or_that_attention_would_miss_is_named_with_ot
 def test_other_bad_arguments_are_named():
     with pytest.raises(TypeError, match=r"functional or sequential.*Received: backbone=<"):
         attach_attention(keras.layers.Dense(3), "a", classes=4)
-    two = keras.Model(*[[keras.Input((8, 8, 1)), keras.Input((8, 8, 1))]] * 2)
+    inputs = [keras.Input((8, 8, 1)), keras.Input((8, 8, 1))]
+    two = keras.Model(inputs, [keras.layers.ReLU()(x) for x in inputs])
     with pytest.raises(ValueError, match="2 inputs, 2 outputs"):
         attach_attention(two, "a", classes=4)
     with pytest.raises(ValueError, match="Received: classes=1"):
