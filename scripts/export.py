@@ -6,7 +6,7 @@ python scripts/export.py --run=runs/digits --output=models/digits
 import command_line
 from absl import flags
 
-from aib_tf import data, export, files
+from aib_tf import data, export
 
 _RUN = flags.DEFINE_string("run", None, "Folder of the run.", required=True)
 _OUTPUT = flags.DEFINE_string(
@@ -32,7 +32,7 @@ def main(arguments):
     run, config = command_line.open_run(_RUN.value, None)
     folder = export.saved_model(
         run.load_best(),
-        files.path(_OUTPUT.value),
+        _OUTPUT.value,
         _VERSION.value,
         dataset=data.get(config.data.name, config.data.data_dir),
         dtype=_DTYPE.value,
